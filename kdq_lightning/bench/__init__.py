@@ -1,0 +1,1 @@
+"""Benchmarks: throughput against the limit that the same process measures."""

@@ -1,0 +1,1 @@
+"""LightningModules: the supervised classifier and one file a distillation strategy."""
