@@ -1,4 +1,4 @@
-"""CIFAR ResNets by name: wide ones with torchvision's keys (ResNet-18/34/50) and the narrow family of He et al. 2015."""
+"""CIFAR ResNets by name: wide ones with torchvision's keys (ResNet-18, 34, 50), the narrow family of He et al. 2015."""
 
 from functools import partial
 
