@@ -49,18 +49,6 @@ class RunFolder(Callback):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-class EpochLine(Callback):
-    """Prints a line an epoch, which stays in the log of a run that nobody watches."""
-
-    SHOWN = ("train/loss", "train/top1", "val/loss", "val/top1", "val/agreement", "train/images_per_second")
-
-    def on_train_epoch_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        """Print the epoch's figures."""
-        metrics = trainer.callback_metrics
-        shown = "  ".join(f"{name} {float(metrics[name]):.4g}" for name in self.SHOWN if name in metrics)
-        trainer.print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}", flush=True)
-
-
 class WritePredictions(BasePredictionWriter):
     """Writes `predictions.csv`: image (canonical index), top1 (class) and probability."""
 
@@ -73,7 +61,9 @@ class WritePredictions(BasePredictionWriter):
         self, trainer: LightningTrainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Any
     ) -> None:
         """Collect the predictions of all ranks, by image, and write them in one piece."""
-        rows = [row for index, top1, p in predictions for row in zip(index.tolist(), top1.tolist(), p.tolist(), strict=True)]
+        rows = [
+            row for index, top1, p in predictions for row in zip(index.tolist(), top1.tolist(), p.tolist(), strict=True)
+        ]
         if trainer.world_size > 1:
             shards: list[list[tuple[int, int, float]]] = [[] for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(shards, rows)

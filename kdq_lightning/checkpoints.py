@@ -14,8 +14,6 @@ from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import NETWORKS, build_network
 
-
-
 FINISHED = "finished"  # an empty file in a version's folder: its training came to its end
 
 
@@ -134,13 +132,13 @@ def load_trained(
 
     Args:
         path: A run folder, a checkpoint of ours, or a plain `.safetensors` state dict.
-        network: The network's name. A plain state dict doesn't know it; for a checkpoint it is a check.
-        mean: Channel means of the network's inputs; likewise.
-        std: Channel deviations of the network's inputs; likewise.
+        network: The network's name, which a plain state dict doesn't say.
+        mean: Channel means of the network's inputs, which a plain state dict doesn't say.
+        std: Channel deviations of the network's inputs, which a plain state dict doesn't say.
         option: What the command line calls the path, for the error's sentence.
 
     Raises:
-        UserError: If nothing is there, it can't be read, says too little of itself, or contradicts the arguments.
+        UserError: If nothing is there, it can't be read, or it says too little of itself.
     """
     file = find_checkpoint(path)
     if file.suffix == ".safetensors":
@@ -149,12 +147,9 @@ def load_trained(
     data = checkpoint["data"]
     found = {}
     for name, entry in checkpoint["networks"].items():
-        if network not in (None, entry["network"]):
-            raise UserError(f"{file} holds a {entry['network']}, not a {network}: correct the name or the path")
         prefix = entry["prefix"]
         state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        statistics = mean or tuple(data["mean"]), std or tuple(data["std"])
-        found[name] = TrainedNetwork(entry["network"], data["num_classes"], *statistics, state, file)
+        found[name] = TrainedNetwork(entry["network"], data["num_classes"], data["mean"], data["std"], state, file)
     return found
 
 

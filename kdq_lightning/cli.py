@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from kdq_lightning.callbacks import EpochLine, RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
+from kdq_lightning.callbacks import RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.checkpoints import FINISHED, find_checkpoint, versions
 from kdq_lightning.dashboard import Dashboard
 from kdq_lightning.data.datamodules import (  # imported so that configs can name them without their module
@@ -34,7 +34,9 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name, and let the data say how many classes there are."""
-        parser.add_argument("--name", type=str | None, default=None, help="Run folder; default: the config's file name.")
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Run folder; default: the config's file name."
+        )
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -78,7 +80,7 @@ class CommandLine(LightningCLI):
             if self.resumed and self.resumed.parent.name == "checkpoints":
                 version = self.resumed.parent.parent
                 logger = Dashboard(version.parent.parent, version.parent.name, int(version.name.split("_")[-1]))
-            callbacks += [EpochLine(), RunFolder(), *checkpoint_callbacks()]
+            callbacks += [RunFolder(), *checkpoint_callbacks()]
         elif self.subcommand == "predict":
             callbacks.append(WritePredictions(self._predictions_folder()))
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
@@ -105,7 +107,7 @@ def main(args: ArgsType = None) -> int:
     arguments = sys.argv[1:] if args is None else args
     try:
         if isinstance(arguments, list) and arguments[:1] == ["bench"]:
-            from kdq_lightning.bench.command import main as bench  # it alone needs its peers
+            from kdq_lightning.bench.command import main as bench
 
             return bench(arguments[1:])
         CommandLine(
@@ -141,5 +143,6 @@ def _quiet() -> None:
         ".*could not find the monitored key.*",  # a few-steps limit ends before the first validation
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
         ".*srun.*",
+        ".*smaller than the logging interval.*",  # we log once an epoch
     ):
         warnings.filterwarnings("ignore", message)

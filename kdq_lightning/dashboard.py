@@ -1,6 +1,5 @@
 """Everything that is written to TensorBoard."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from kdq_lightning.checkpoints import versions
 class Dashboard(TensorBoardLogger):
     """Writes the events of one run folder, `<root>/<name>/version_N`, and claims that folder for itself."""
 
-    def __init__(self, root: str | os.PathLike[str], name: str, version: int | None = None) -> None:
+    def __init__(self, root: str | Path, name: str, version: int | None = None) -> None:
         """Name the run.
 
         Args:
@@ -33,7 +32,7 @@ class Dashboard(TensorBoardLogger):
     def _claim(self) -> int:
         run = Path(self.root_dir)
         number = max((int(folder.name.removeprefix("version_")) + 1 for folder in versions(run)), default=0)
-        while rank_zero_only.rank == 0:
+        while getattr(rank_zero_only, "rank", 0) == 0:
             try:
                 (run / f"version_{number}").mkdir(parents=True)
                 break

@@ -60,7 +60,7 @@ def _split_target(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tenso
     others = logits.gather(1, columns + (columns >= labels[:, None]))
     target = logits.gather(1, labels[:, None]).squeeze(1)
     margin = target - others.logsumexp(1)
-    return -F.softplus(-margin), -F.softplus(margin), others.log_softmax(1)
+    return F.logsigmoid(margin), F.logsigmoid(-margin), others.log_softmax(1)
 
 
 def dkd_parts(

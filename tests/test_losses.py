@@ -19,7 +19,9 @@ def close(value: Tensor | float, expected: float) -> bool:
     return abs(float(value) - expected) < 5e-11
 
 
-def random_logits(batch: int = 64, classes: int = 10, spread: float = 3.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def random_logits(
+    batch: int = 64, classes: int = 10, spread: float = 3.0, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     student, teacher = spread * torch.randn(2, batch, classes, dtype=torch.float64, generator=generator)
     return student, teacher, torch.randint(classes, (batch,), generator=generator)
@@ -83,7 +85,9 @@ def test_kd_gradient():
 @pytest.mark.parametrize("classes", [2, 10, 100])
 def test_slow_references(temperature: float, classes: int):
     student, teacher, labels = random_logits(16, classes)
-    assert float(kd_loss(student, teacher, temperature)) == pytest.approx(slow_kd(student, teacher, temperature), rel=1e-10)
+    assert float(kd_loss(student, teacher, temperature)) == pytest.approx(
+        slow_kd(student, teacher, temperature), rel=1e-10
+    )
     tckd, nckd = dkd_parts(student, teacher, labels, temperature)
     for i, (slow_t, slow_n) in enumerate(slow_dkd_parts(student, teacher, labels, temperature)):
         assert float(tckd[i]) == pytest.approx(slow_t, rel=1e-8, abs=1e-12)

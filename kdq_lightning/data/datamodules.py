@@ -222,7 +222,7 @@ class CIFARDataModule(ImageDataModule):
         download: bool = True,
         mean: Statistics | None = None,
         std: Statistics | None = None,
-        **options: Any,  # noqa: ANN401 - the base's, resolved by jsonargparse
+        **options: Any,
     ) -> None:
         """Describe the data; no image is read yet.
 
@@ -299,7 +299,7 @@ class ImageFolderDataModule(ImageDataModule):
         mean: Statistics = _IMAGENET_MEAN,
         std: Statistics = _IMAGENET_STD,
         val_size: int | float = 0.1,
-        **options: Any,  # noqa: ANN401 - the base's, resolved by jsonargparse
+        **options: Any,
     ) -> None:
         """Count the class folders; no image is read yet.
 
@@ -344,7 +344,7 @@ class DigitsDataModule(ImageDataModule):
         flip: bool = False,
         mean: Statistics = (0.3051, 0.3051, 0.3051),
         std: Statistics = (0.3756, 0.3756, 0.3756),
-        **options: Any,  # noqa: ANN401 - the base's, resolved by jsonargparse
+        **options: Any,
     ) -> None:
         """Describe the data; no image is read yet.
 

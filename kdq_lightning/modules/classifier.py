@@ -11,11 +11,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric
 
 from kdq_lightning.checkpoints import TrainedNetwork, load_state, load_trained
-from kdq_lightning.data.normalization import Statistics, renormalize
 from kdq_lightning.data.images import Batch
+from kdq_lightning.data.normalization import Statistics, renormalize
 from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import build_metrics
 from kdq_lightning.losses import cross_entropy
@@ -24,6 +24,8 @@ from kdq_lightning.networks import build_network
 Strategy = Literal["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml"]
 
 Cycle = Callable[[int], float]  # step -> share of the peak learning rate
+
+PRINTED = ("train/loss", "train/top1", "val/loss", "val/top1", "val/agreement", "train/images_per_second")
 
 CHECK_EVERY = 50  # steps between two looks at the loss: each look makes the host wait for the device
 
@@ -81,7 +83,8 @@ class Classifier(LightningModule):
         self.mean: Statistics | None = None  # of the inputs that the network expects; known from setup on
         self.std: Statistics | None = None
         self._build_networks()
-        self.metrics = nn.ModuleDict({name: build_metrics(num_classes) for name in self.networks()})
+        self.metrics = {name: build_metrics(num_classes) for name in self.networks()}
+        self._registered_metrics = nn.ModuleList(self.metrics.values())  # so that they move with the module
         self.val_loss = MeanMetric()
         self._sums: dict[str, Tensor] = {}
         self._bad_step = torch.tensor(-1)
@@ -136,6 +139,8 @@ class Classifier(LightningModule):
             raise UserError(f"{self.weights} holds {', '.join(trained)}; {', '.join(self.networks())} is asked for")
         for name, network in self.networks().items():
             source = trained[name]
+            if source.network != self.network_names()[name]:
+                raise UserError(f"{source.path} holds a {source.network}, not a {self.network_names()[name]}")
             if source.num_classes != self.num_classes:
                 raise UserError(f"{source.path} has {source.num_classes} classes, the data {self.num_classes}")
             load_state(network, source.state, source.path)
@@ -223,7 +228,14 @@ class Classifier(LightningModule):
         logs = {f"train/{name}": mean for name, mean in zip(self._sums, means, strict=True)}
         logs["train/images_per_second"] = float(totals[0, 1]) / seconds
         logs["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log_dict(logs)
+        self.log_dict(logs | {"step": float(self.global_step)})
+        self._print_epoch(logs | self.trainer.callback_metrics)
+
+    def _print_epoch(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Print a line that stays in the log of a run that nobody watches."""
+        shown = [name for name in PRINTED if name in metrics]
+        line = "  ".join(f"{name} {float(metrics[name]):.4g}" for name in shown)
+        self.print(f"epoch {self.current_epoch + 1}/{self.trainer.max_epochs}  {line}", flush=True)
 
     # --- evaluation
 
@@ -270,7 +282,8 @@ class Classifier(LightningModule):
         }
         if len(found) > 1:
             logs |= {f"{split}/{key}/{name}": value for name, values in found.items() for key, value in values.items()}
-        self.log_dict(logs | {f"{split}/loss": self.val_loss.compute()})
+        logs[f"{split}/loss"] = self.val_loss.compute()
+        self.log_dict(logs | ({"step": float(self.global_step)} if self.fitting else {}))
         self.val_loss.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:

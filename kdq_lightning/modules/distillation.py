@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from kdq_lightning.checkpoints import load_trained
-from kdq_lightning.data.normalization import Statistics, renormalize
 from kdq_lightning.data.images import Batch
+from kdq_lightning.data.normalization import Statistics, renormalize
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.networks import stage2_features
@@ -69,6 +69,8 @@ class Distillation(Classifier):
         super().setup(stage)
         if stage == "fit" and self.teacher is None:
             trained = next(iter(load_trained(*self.teacher_source, option="teacher").values()))
+            if self.teacher_source[1] not in (None, trained.network):
+                raise UserError(f"the teacher in {trained.path} is a {trained.network}, not a {self.teacher_source[1]}")
             if trained.num_classes != self.num_classes:
                 raise UserError(
                     f"the teacher in {trained.path} has {trained.num_classes} classes, the data {self.num_classes}:"

@@ -36,7 +36,7 @@ class DecoupledKD(Distillation):
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def ramp(self) -> float:
-        """w = min((epoch + 1) / max(1, epochs / 12), 1)."""
+        """W = min((epoch + 1) / max(1, epochs / 12), 1)."""
         return min((self.current_epoch + 1) / max(1, (self.trainer.max_epochs or 1) / 12), 1.0)
 
     def losses(self, images: Tensor, labels: Tensor) -> Losses:

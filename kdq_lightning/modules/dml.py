@@ -19,9 +19,7 @@ class MutualLearning(Classifier):
     constants to each other, is the same update as an optimizer each.
     """
 
-    def __init__(
-        self, networks: list[str], num_classes: int, strategy: Strategy = "dml", **kwargs: Any
-    ) -> None:
+    def __init__(self, networks: list[str], num_classes: int, strategy: Strategy = "dml", **kwargs: Any) -> None:
         """Build the peers.
 
         Args:

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdq_lightning.data.images import Batch
 from kdq_lightning.losses import hint_loss
-from kdq_lightning.modules.classifier import Batch, Cycle, Losses, Strategy, check_range, one_cycle
+from kdq_lightning.modules.classifier import Cycle, Losses, Strategy, check_range, one_cycle
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.networks import stage2_features, stage2_modules
 
@@ -70,7 +71,9 @@ class HintKD(VanillaKD):
 
     def losses(self, images: Tensor, labels: Tensor) -> Losses:
         """The hint loss in stage 1, the vanilla loss in stage 2."""
-        assert self.teacher is not None and self.mean is not None and self.std is not None and self.regressor is not None
+        assert (
+            self.teacher is not None and self.mean is not None and self.std is not None and self.regressor is not None
+        )
         if self.global_step >= self.hint_steps:
             losses = super().losses(images, labels)
             return losses._replace(loss=losses.loss + self._zero([self.regressor]))
