@@ -58,7 +58,11 @@ class WritePredictions(BasePredictionWriter):
         self.folder = folder
 
     def write_on_epoch_end(
-        self, trainer: LightningTrainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Any
+        self,
+        trainer: LightningTrainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
     ) -> None:
         """Collect the predictions of all ranks, by image, and write them in one piece."""
         rows = [

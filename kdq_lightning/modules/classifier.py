@@ -213,7 +213,8 @@ class Classifier(LightningModule):
             return
         step = int(self.trainer.strategy.reduce(self._bad_step.double(), reduce_op="max"))
         if step >= 0:
-            checkpoint = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none yet"
+            saved = [getattr(keeper, "best_model_path", "") for keeper in self.trainer.checkpoint_callbacks]
+            checkpoint = next(filter(None, reversed(saved)), "none yet")
             raise UserError(
                 f"the loss is not finite since step {step}; last good checkpoint: {checkpoint}. Lower"
                 " --model.init_args.learning_rate, or look at the data, and go on with --ckpt_path last"
