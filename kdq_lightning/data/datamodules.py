@@ -191,11 +191,8 @@ class ImageDataModule(LightningDataModule):
         """Turn uint8 images (batch, 3, h, w) into network inputs, float32."""
         return normalize(images, self.mean, self.std)
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Normalise a batch on its device; while training, augment it first."""
-        if not (self.trainer and self.trainer.training):
-            return batch._replace(images=self.normalize(batch.images))
-        epoch = self.trainer.current_epoch
+    def training_view(self, batch: Batch, epoch: int) -> Batch:
+        """Augment and normalise a batch of bytes: the view that training sees in this epoch."""
         red, green, blue = (round(255 * value) for value in self.mean)
         images = augment(
             batch.images,
@@ -208,10 +205,19 @@ class ImageDataModule(LightningDataModule):
             trivial_augment=self.trivial_augment,
             fill=(red, green, blue),
         )
-        images = self.normalize(images)
-        if self.image_sizes and self.trainer.max_epochs:
-            images = shrink(images, self.image_sizes[epoch * len(self.image_sizes) // self.trainer.max_epochs])
-        return batch._replace(images=images)
+        return batch._replace(images=self.normalize(images))
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Normalise a batch on its device; while training, augment it too, and shrink it if sizes grow over the run."""
+        if not (self.trainer and self.trainer.training):
+            return batch._replace(images=self.normalize(batch.images))
+        epoch, epochs = self.trainer.current_epoch, self.trainer.max_epochs
+        batch = self.training_view(batch, epoch)
+        if self.image_sizes and epochs:
+            batch = batch._replace(
+                images=shrink(batch.images, self.image_sizes[epoch * len(self.image_sizes) // epochs])
+            )
+        return batch
 
 
 def _as_it_is(batch: Any) -> Any:  # noqa: ANN401 - torch types collate_fn as if it always got lists
