@@ -176,3 +176,7 @@ def _quiet() -> None:
         ".*smaller than the logging interval.*",  # we log once an epoch
     ):
         warnings.filterwarnings("ignore", message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -83,6 +83,8 @@ class Classifier(LightningModule):
         self.mean: Statistics | None = None  # of the inputs that the network expects; known from setup on
         self.std: Statistics | None = None
         self._build_networks()
+        for module in self.networks().values():
+            module.to(memory_format=torch.channels_last)
         self.metrics = {name: build_metrics(num_classes) for name in self.networks()}
         self._registered_metrics = nn.ModuleList(self.metrics.values())  # so that they move with the module
         self.val_loss = MeanMetric()
