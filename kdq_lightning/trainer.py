@@ -1,9 +1,39 @@
-"""Lightning's Trainer with this project's defaults: a precision that the hardware has, and our own sharded sampler."""
+"""Lightning's Trainer with this project's defaults: a precision that the hardware has, checkpoints written whole."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Trainer as LightningTrainer
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and then moves it there: a full disk or a kill leaves the old one whole.
+
+    Lightning's own writes to the system's temporary folder, from where the last step may be a copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        """Write the file.
+
+        Raises:
+            OSError: If the disk is full or the folder can't be written; the draft is taken away.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.part")
+        try:
+            with draft.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 class Trainer(LightningTrainer):
@@ -17,6 +47,7 @@ class Trainer(LightningTrainer):
         default_root_dir: str = "runs",
         num_sanity_val_steps: int = 0,
         enable_model_summary: bool = False,
+        plugins: Any = None,  # noqa: ANN401
         **kwargs: Any,
     ) -> None:
         """Fill in the defaults.
@@ -29,6 +60,7 @@ class Trainer(LightningTrainer):
             default_root_dir: Folder that run folders are made in.
             num_sanity_val_steps: Validation batches before training.
             enable_model_summary: Whether to print the table of layers.
+            plugins: Lightning's; one for checkpoints replaces ours.
             **kwargs: Lightning's. `use_distributed_sampler` is off: the datamodule's sampler shards.
         """
         super().__init__(
@@ -39,8 +71,15 @@ class Trainer(LightningTrainer):
             num_sanity_val_steps=num_sanity_val_steps,
             enable_model_summary=enable_model_summary,
             use_distributed_sampler=False,
+            plugins=_with_checkpoint_io(plugins),
             **kwargs,
         )
+
+
+def _with_checkpoint_io(plugins: Any) -> list[Any]:  # noqa: ANN401
+    """Return the plugins as a list, ours for checkpoints among them unless there is one already."""
+    given = list(plugins) if isinstance(plugins, list | tuple) else [plugins] if plugins is not None else []
+    return given if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, AtomicCheckpointIO()]
 
 
 def choose_precision(accelerator: str = "auto") -> str:
