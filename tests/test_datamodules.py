@@ -149,6 +149,7 @@ def test_stratified_sample_splits_remainders_by_size():
         assert len(set(chosen.tolist())) == count
         counts = labels[chosen].bincount(minlength=3)
         assert ((counts - torch.tensor([0.5, 0.3, 0.2]) * count).abs() < 1).all()
+    assert labels[stratified_sample(labels, 33, seed=4)].bincount().tolist() == [16, 10, 7]  # of 16.5, 9.9, 6.6
     assert not torch.equal(stratified_sample(labels, 33, seed=4).sort()[0], stratified_sample(labels, 33, 5).sort()[0])
 
 

@@ -60,9 +60,9 @@ def read_class_folders(split: Path, class_names: list[str], size: int) -> ImageS
     key = _listing_hash(files)
     if (cached := _load(cache, key)) is not None:
         return ImageSet(*cached, class_names)
-    pixels = _decode_all([entry.path for entries in files.values() for entry in entries], size)
+    paths = [entry.path for entries in files.values() for entry in entries]
     labels = np.repeat(np.arange(len(files)), [len(entries) for entries in files.values()])
-    images = canonical_set(pixels, labels, class_names)
+    images = canonical_set(_decode_all(paths, size), labels, class_names)
     _save(cache, key, images)
     return images
 
