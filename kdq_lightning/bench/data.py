@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from kdq_lightning.bench.measure import Timing, hardware, interleaved, print_table
-from kdq_lightning.data.datamodules import ImageDataModule
+from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.data.images import ImageSet
 
 _SIDE = 32

@@ -1,7 +1,7 @@
 """The supervised classifier, which is the teacher and the control, and the base that every strategy stands on."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -16,14 +16,13 @@ from torchmetrics import MeanMetric
 from kdq_lightning.checkpoints import TrainedNetwork, load_state, load_trained
 from kdq_lightning.data.images import Batch
 from kdq_lightning.data.normalization import Statistics, renormalize
-from kdq_lightning.errors import UserError
+from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.evaluation import build_metrics
 from kdq_lightning.losses import cross_entropy
+from kdq_lightning.modules.schedule import Cycle, one_cycle
 from kdq_lightning.networks import build_network
 
 Strategy = Literal["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml"]
-
-Cycle = Callable[[int], float]  # step -> share of the peak learning rate
 
 PRINTED = ("train/loss", "train/top1", "val/loss", "val/top1", "val/agreement", "train/images_per_second")
 
@@ -294,32 +293,3 @@ class Classifier(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             probability, top1 = self(batch.images).float().softmax(1).max(1)
         return batch.index, top1, probability
-
-
-def one_cycle(total: int, warmup: float, start: int = 0) -> Cycle:
-    """Return the share of the peak learning rate at a step: linear from 0 up, then linear down to 0.
-
-    Args:
-        total: Number of steps of the cycle.
-        warmup: Share of them that rise.
-        start: The cycle's first step; before it, the share is 0.
-    """
-    rising = warmup * total
-
-    def share(step: int) -> float:
-        step -= start
-        if step < 0 or step >= total:
-            return 0.0
-        return min((step + 1) / (rising + 1), (total - step) / max(total - rising, 1), 1.0)
-
-    return share
-
-
-def check_range(
-    name: str, value: float, low: float, high: float = float("inf"), *, including_low: bool = False
-) -> None:
-    """Raise a UserError unless low < value <= high (low <= value with `including_low`)."""
-    if not (low <= value if including_low else low < value) or not value <= high:
-        below = "at least" if including_low else "above"
-        above = f" and at most {high:g}" if high != float("inf") else ""
-        raise UserError(f"{name} must be {below} {low:g}{above}, got {value}")

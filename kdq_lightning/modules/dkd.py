@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from kdq_lightning.errors import check_range
 from kdq_lightning.losses import cross_entropy, dkd_parts
-from kdq_lightning.modules.classifier import Losses, Strategy, check_range
+from kdq_lightning.modules.classifier import Losses, Strategy
 from kdq_lightning.modules.distillation import Distillation
 
 

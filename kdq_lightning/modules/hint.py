@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from kdq_lightning.data.images import Batch
+from kdq_lightning.errors import check_range
 from kdq_lightning.losses import hint_loss
-from kdq_lightning.modules.classifier import Cycle, Losses, Strategy, check_range, one_cycle
+from kdq_lightning.modules.classifier import Losses, Strategy
+from kdq_lightning.modules.schedule import Cycle, one_cycle
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.networks import stage2_features, stage2_modules
 

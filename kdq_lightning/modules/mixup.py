@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from kdq_lightning.errors import check_range
 from kdq_lightning.losses import cross_entropy, kd_loss, mixup, partner
-from kdq_lightning.modules.classifier import Losses, Strategy, check_range
+from kdq_lightning.modules.classifier import Losses, Strategy
 from kdq_lightning.modules.distillation import Distillation
 
 
