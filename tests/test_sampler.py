@@ -71,10 +71,10 @@ def test_order_depends_on_seed_and_epoch_alone():
 def test_every_place_is_equally_likely():
     firsts = torch.zeros(5)
     sampler = GlobalBatchSampler(torch.arange(5), 5, shuffle=True)
-    for epoch in range(2000):
+    for epoch in range(1000):
         sampler.set_epoch(epoch)
         firsts[next(iter(sampler))[0]] += 1
-    assert (firsts - 400).abs().max() < 80  # 4.5 standard deviations
+    assert (firsts - 200).abs().max() < 57  # 4.5 standard deviations
 
 
 def test_a_restored_position_goes_on_with_the_next_batch():
@@ -182,7 +182,7 @@ def test_two_processes_see_the_global_batches_of_one():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # spawning imports Lightning twice more
     queue = context.Queue()
     processes = [context.Process(target=_gather, args=(rank, 2, port, queue)) for rank in range(2)]
     for process in processes:
