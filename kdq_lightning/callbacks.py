@@ -2,7 +2,7 @@
 
 import csv
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ class RunFolder(Callback):
 class WritePredictions(BasePredictionWriter):
     """Writes `predictions.csv`: image (canonical index), top1 (class) and probability."""
 
-    def __init__(self, folder: Path) -> None:
-        """Name the run folder that gets the file."""
+    def __init__(self, folder: Callable[[], Path]) -> None:
+        """Say which run folder gets the file; it is asked for when there is something to write."""
         super().__init__(write_interval="epoch")
         self.folder = folder
 
@@ -74,11 +74,12 @@ class WritePredictions(BasePredictionWriter):
             torch.distributed.all_gather_object(shards, rows)
             rows = [row for shard in shards for row in shard]
         if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            draft = self.folder / "predictions.csv.part"
+            folder = self.folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            draft = folder / "predictions.csv.part"
             with draft.open("w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(["image", "top1", "probability"])
                 writer.writerows((image, top1, f"{p:.6f}") for image, top1, p in sorted(rows))
-            draft.replace(self.folder / "predictions.csv")
-            trainer.print(f"{len(rows)} predictions in {self.folder / 'predictions.csv'}")
+            draft.replace(folder / "predictions.csv")
+            trainer.print(f"{len(rows)} predictions in {folder / 'predictions.csv'}")

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdq_lightning.data.normalization import Statistics
+from kdq_lightning.data.normalization import Statistics, check_statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import NETWORKS, build_network
 
@@ -161,6 +161,7 @@ def _from_state_dict(
             f"{file} is a plain state dict and says nothing of itself: give its network and the statistics of its"
             f" inputs (--model.init_args.network or .teacher_network, .{option}_mean and .{option}_std)"
         )
+    check_statistics(f"{option}_mean", mean, f"{option}_std", std)
     if network not in NETWORKS:
         raise UserError(f"unknown network {network!r}: choose one of {', '.join(NETWORKS)}")
     try:

@@ -6,12 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from kdq_lightning.callbacks import RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
-from kdq_lightning.checkpoints import FINISHED, find_checkpoint, versions
+from kdq_lightning.checkpoints import FINISHED, find_checkpoint, read_checkpoint, versions
 from kdq_lightning.dashboard import Dashboard
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule, ImageFolderDataModule
@@ -57,8 +58,8 @@ class CommandLine(LightningCLI):
         """Parse, then take `--ckpt_path` over from Lightning, which knows neither run folders nor state dicts."""
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
-        self.root = Path(config.trainer.default_root_dir)
-        self.run_name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
+        self.root = Path(config.trainer.default_root_dir).absolute()  # a checkpoint remembers its folder
+        self.run_name = config.name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
         self.resumed: Path | None = None
         path, config.ckpt_path = config.ckpt_path, None
         if self.config.subcommand == "fit":
@@ -74,32 +75,47 @@ class CommandLine(LightningCLI):
 
     def _resume_from(self, path: str) -> Path:
         """Return the checkpoint that training goes on from: the named one, or the newest version's last one."""
-        if path == "last":
-            found = versions(self.root / self.run_name)
-            if not found:
-                raise UserError(f"{self.root / self.run_name} holds no run to go on with: leave --ckpt_path away")
-            path = str(found[-1] / "checkpoints" / "last.ckpt")
-        checkpoint = Path(path)
+        place = self.root / self.run_name if path == "last" else Path(path)
+        if place.is_dir() and not (place / "checkpoints").is_dir():
+            place = next(reversed(versions(place)), place)
+        checkpoint = (place / "checkpoints" / "last.ckpt" if place.is_dir() else place).resolve()
         if not checkpoint.is_file():
             raise UserError(f"{checkpoint} does not exist: there is nothing to go on from, leave --ckpt_path away")
+        if checkpoint.parent.name != "checkpoints" or checkpoint.parent.parent not in versions(checkpoint.parents[2]):
+            raise UserError(
+                f"{checkpoint} lies in no run folder (version_N/checkpoints), so training can't go on there;"
+                " to start from its weights, give --model.init_args.weights"
+            )
+        self.checkpoint = read_checkpoint(checkpoint)
         return checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         """Give the trainer its run folder, checkpoints and bars."""
         config = self._get(self.config_init, "trainer")
-        callbacks = list(config.get("callbacks") or [])
+        given = config.get("callbacks") or []
+        callbacks = list(given) if isinstance(given, list) else [given]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(refresh_rate=20))
         logger: Any = False
         if self.subcommand == "fit":
-            logger = Dashboard(self.root, self.run_name) if config.get("logger") in (None, True) else config["logger"]
-            if self.resumed and self.resumed.parent.name == "checkpoints":
-                version = self.resumed.parent.parent
-                logger = Dashboard(version.parent.parent, version.parent.name, int(version.name.split("_")[-1]))
-            callbacks += [RunFolder(), *checkpoint_callbacks()]
+            logger = self._dashboard() if config.get("logger") in (None, True) else config["logger"]
+            callbacks.append(RunFolder())
+            if config.get("enable_checkpointing") is not False:
+                callbacks += checkpoint_callbacks()
         elif self.subcommand == "predict":
-            callbacks.append(WritePredictions(self._predictions_folder()))
-        return super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
+            callbacks.append(WritePredictions(self._predictions_folder))
+        try:
+            return super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"the trainer refuses its options: {error}") from error
+
+    def _dashboard(self) -> Dashboard:
+        """Return the logger of a new version, or of the one that is gone on with."""
+        if self.resumed is None:
+            return Dashboard(self.root, self.run_name)
+        version = self.resumed.parent.parent
+        number = int(version.name.removeprefix("version_"))
+        return Dashboard(version.parent.parent, version.parent.name, number, self.checkpoint["global_step"])
 
     def _predictions_folder(self) -> Path:
         """Return the run folder that the weights lie in; weights from elsewhere get a folder of their own."""
@@ -109,11 +125,25 @@ class CommandLine(LightningCLI):
         return Path(Dashboard(self.root, f"{self.run_name}-predicted").log_dir)
 
     def before_fit(self) -> None:
-        """Hand the checkpoint to Lightning, unless its run is finished."""
+        """Hand the checkpoint to Lightning, unless its run is finished or was another one."""
         if self.resumed is None:
             return
         if (self.resumed.parent.parent / FINISHED).exists():
             raise UserError(f"{self.resumed.parent.parent} is finished: nothing is left to train")
+        self.model.trainer = self.trainer
+        self.trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
+        now = {**self.model.plan(), "num_classes": self.model.num_classes, "networks": self.model.network_names()}
+        then = {
+            **self.checkpoint["plan"],
+            "num_classes": self.checkpoint["data"]["num_classes"],
+            "networks": {name: entry["network"] for name, entry in self.checkpoint["networks"].items()},
+        }
+        for name, value in now.items():
+            if then[name] != value:
+                raise UserError(
+                    f"{self.resumed} was trained with {name} {then[name]}, this command says {value}:"
+                    f" give the same, or leave --ckpt_path away"
+                )
         self.config_init.fit.ckpt_path = str(self.resumed)
 
 

@@ -12,15 +12,17 @@ from kdq_lightning.checkpoints import versions
 class Dashboard(TensorBoardLogger):
     """Writes the events of one run folder, `<root>/<name>/version_N`, and claims that folder for itself."""
 
-    def __init__(self, root: str | Path, name: str, version: int | None = None) -> None:
+    def __init__(self, root: str | Path, name: str, version: int | None = None, after_step: int = -1) -> None:
         """Name the run.
 
         Args:
             root: Folder of all runs.
             name: The run's name.
             version: An existing version to go on with; None claims the next free number.
+            after_step: Where it goes on: later points of the broken run are dropped, so that each stands once.
         """
-        super().__init__(root, name, version, default_hp_metric=False)
+        purge_step = None if version is None else after_step + 1
+        super().__init__(root, name, version, default_hp_metric=False, purge_step=purge_step)
 
     @property
     def version(self) -> int | str:

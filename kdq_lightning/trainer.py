@@ -56,13 +56,15 @@ class Trainer(LightningTrainer):
             *args: Lightning's.
             precision: "auto", or one of Lightning's ("32-true", "bf16-mixed", ...). Tests and quantization always
                 compute in float32.
-            accelerator: "auto", "cpu", "gpu", ...
+            accelerator: "auto" is a CUDA GPU where there is one, else the CPU.
             default_root_dir: Folder that run folders are made in.
             num_sanity_val_steps: Validation batches before training.
             enable_model_summary: Whether to print the table of layers.
             plugins: Lightning's; one for checkpoints replaces ours.
             **kwargs: Lightning's. `use_distributed_sampler` is off: the datamodule's sampler shards.
         """
+        if accelerator == "auto":  # Apple's GPU has no float64, which the stateless random numbers need
+            accelerator = "gpu" if torch.cuda.is_available() else "cpu"
         super().__init__(
             *args,
             precision=choose_precision(accelerator) if precision == "auto" else precision,  # type: ignore[arg-type]

@@ -27,6 +27,15 @@ class StopAfterFirstEpoch(Callback):
             raise UserError("pulled the plug")
 
 
+class StopInTheSecondEpoch(Callback):
+    """Saves the last checkpoint after the first of an epoch's two steps, and breaks the run off."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 0:
+            trainer.save_checkpoint(Path(trainer.log_dir, "checkpoints", "last.ckpt"))
+            raise UserError("pulled the plug")
+
+
 class PoisonSecondEpoch(Callback):
     """Makes a weight NaN when the second epoch begins."""
 
@@ -109,20 +118,44 @@ def test_student_outlives_its_teacher(images: Path, teacher_run: Path, workspace
     assert fit("control_cpu", images, *arguments) == 0
 
 
-def test_resume_goes_on_in_its_folder(images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
-    """Stopped after one of two epochs and resumed: the weights of the unbroken run, to the bit, in the same folder."""
+@pytest.mark.parametrize("stop", ["StopAfterFirstEpoch", "StopInTheSecondEpoch"])
+def test_resume_goes_on_in_its_folder(stop: str, images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Stopped between epochs or within one, and resumed: the unbroken run's weights to the bit, in the same folder."""
     small = "--model.init_args.network=resnet8"
     assert fit("control_cpu", images, small) == 0
     whole = torch.load("runs/control_cpu/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     shutil.rmtree("runs")
-    assert fit("control_cpu", images, small, "--trainer.callbacks+=tests.test_cli.StopAfterFirstEpoch") == 1
+    assert fit("control_cpu", images, small, f"--trainer.callbacks+=tests.test_cli.{stop}") == 1
     assert not Path("runs/control_cpu/version_0/finished").exists()
     assert fit("control_cpu", images, small, "--ckpt_path=last") == 0
     assert [path.name for path in Path("runs/control_cpu").iterdir()] == ["version_0"]
     resumed = torch.load("runs/control_cpu/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    events = EventAccumulator("runs/control_cpu/version_0").Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
     assert fit("control_cpu", images, small, "--ckpt_path=last") == 1
     assert "finished" in capsys.readouterr().err
+
+
+def test_resume_refuses_another_run(images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Another seed, length or network would silently train something else; a broken checkpoint is named."""
+    small = "--model.init_args.network=resnet8"
+    assert fit("control_cpu", images, small, "--trainer.callbacks+=tests.test_cli.StopAfterFirstEpoch") == 1
+    last = Path("runs/control_cpu/version_0/checkpoints/last.ckpt")
+    Path("elsewhere.ckpt").write_bytes(last.read_bytes())
+    for arguments, sentence in (
+        ([small, "--ckpt_path=last", "--seed_everything=3"], "seed_everything 0, this command says 3"),
+        ([small, "--ckpt_path=runs/control_cpu", "--trainer.max_epochs=9"], "max_epochs 2, this command says 9"),
+        (["--model.init_args.network=resnet14", f"--ckpt_path={last}"], "resnet14"),
+        ([small, "--model.init_args.strategy=teacher", "--ckpt_path=last"], "strategy control"),
+        ([small, "--ckpt_path=elsewhere.ckpt"], "lies in no run folder"),
+    ):
+        capsys.readouterr()
+        assert fit("control_cpu", images, *arguments) == 1, sentence
+        assert sentence in capsys.readouterr().err
+    last.write_bytes(last.read_bytes()[:5000])
+    assert fit("control_cpu", images, small, "--ckpt_path=last") == 1
+    assert "last.ckpt cannot be read" in capsys.readouterr().err
 
 
 def test_print_config_round_trip(workspace: Path, capsys: pytest.CaptureFixture[str]):
@@ -143,6 +176,8 @@ BAD = [
     (["--trainer.max_epochs=-1"], "max_epochs"),
     (["--ckpt_path=last"], "leave --ckpt_path away"),
     (["--model.init_args.weights=nothing.ckpt"], "nothing.ckpt"),
+    (["--data.mean=[125,122,113]"], "images scaled to [0, 1]"),
+    (["--trainer.precision=fp8"], "fp8"),
 ]
 
 
@@ -222,9 +257,11 @@ def test_plain_state_dict(images: Path, workspace: Path, capsys: pytest.CaptureF
     save_file(build_network("resnet8", 10).state_dict(), "weights.safetensors")
     arguments = ["test", "--config", config("control_cpu"), f"--data.root={images}", *FEW_STEPS]
     arguments += ["--model.init_args.network=resnet8", "--ckpt_path=weights.safetensors"]
-    assert main(arguments) == 1
-    error = capsys.readouterr().err
-    assert all(name in error for name in ("network", "weights_mean", "weights_std"))
+    for command in ("test", "predict"):
+        assert main([command, *arguments[1:]]) == 1
+        error = capsys.readouterr().err
+        assert all(name in error for name in ("network", "weights_mean", "weights_std"))
+    assert not Path("runs").exists()
     statistics = ["--model.init_args.weights_mean=[0.4,0.5,0.6]", "--model.init_args.weights_std=[0.2,0.2,0.3]"]
     assert main([*arguments, *statistics]) == 0
 

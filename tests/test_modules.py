@@ -208,3 +208,29 @@ def test_teacher_sees_its_own_statistics():
     with torch.no_grad():
         expected = teacher.network(normalised(*own))
     torch.testing.assert_close(teacher.logits(normalised(*data), *data), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_validation_is_exact_and_changes_nothing(workspace: Path):
+    """Top-1 equals a count by hand in eval mode, image by image, and no buffer moves."""
+    torch.manual_seed(0)
+    module, data = Classifier(**SMALL), DigitsDataModule(batch_size=50)
+    with torch.no_grad():
+        for _ in range(20):  # statistics that train mode would visibly change
+            module.network(3 * torch.randn(16, 3, 16, 16) + 1)
+    before = copy.deepcopy(module.network.state_dict())
+    found = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).test(module, data, verbose=False)[0]
+    assert all(torch.equal(before[key], value) for key, value in module.network.state_dict().items())
+    module.network.eval()
+    with torch.no_grad():
+        logits = torch.cat([module.network(data.normalize(image[None])) for image in data.test_set.images])
+    hits = (logits.argmax(1) == data.test_set.labels).double().mean()
+    top5 = (logits.topk(5).indices == data.test_set.labels[:, None]).any(1).double().mean()
+    assert found["test/top1"] == pytest.approx(100 * float(hits), abs=1e-4)
+    assert found["test/top5"] == pytest.approx(100 * float(top5), abs=1e-4)
+    assert found["test/loss"] == pytest.approx(float(cross_entropy(logits, data.test_set.labels)), rel=1e-4)
+
+
+def test_a_loaded_module_answers_on_its_own(teacher_run: Path):
+    """A checkpoint loads with Lightning's own means, and maps images to logits without a Trainer."""
+    module = Classifier.load_from_checkpoint(teacher_run / "version_0/checkpoints/best.ckpt", weights_only=True).eval()
+    torch.testing.assert_close(module(IMAGES), module.network(IMAGES), rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from kdq_lightning.data.augmentation import augment, shrink
 from kdq_lightning.data.images import Batch, ImageSet, stratified_sample
-from kdq_lightning.data.normalization import Statistics, normalize
+from kdq_lightning.data.normalization import Statistics, check_statistics, normalize
 from kdq_lightning.data.sampler import GlobalBatchSampler, ResumableLoader
 from kdq_lightning.errors import UserError
 
@@ -67,8 +67,7 @@ class ImageDataModule(LightningDataModule):
             raise UserError(f"crop and cutout are pixels, 0 or more, got {crop} and {cutout}")
         if image_sizes is not None and not all(1 <= size <= image_size for size in image_sizes or [0]):
             raise UserError(f"image_sizes must be between 1 and {image_size}, the stored size, got {image_sizes}")
-        if min(std) <= 0:
-            raise UserError(f"std must be above 0 in each channel, got {std}")
+        check_statistics("mean", mean, "std", std)
         self.dataset = dataset
         self.num_classes = num_classes
         self.image_size = image_size
@@ -86,6 +85,8 @@ class ImageDataModule(LightningDataModule):
         # Some ranks have nothing of a small last evaluation batch.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._is_set_up = False
+        self._train_sampler: GlobalBatchSampler | None = None
+        self._position: dict[str, int] = {}
 
     def read(self) -> tuple[ImageSet, ImageSet]:
         """Return the whole training set and the test set, each in canonical order."""
@@ -146,8 +147,23 @@ class ImageDataModule(LightningDataModule):
             raise UserError("image_sizes are spread over the run's epochs: give max_epochs instead of max_steps")
         if getattr(self.trainer, "overfit_batches", 0):  # set by Lightning, unknown to its type
             raise UserError("overfit_batches would replace the order of the images: use limit_train_batches instead")
-        sampler = self._sampler(self.train_index, shuffle=True, drop_last=True)
+        self._train_sampler = sampler = self._sampler(self.train_index, shuffle=True, drop_last=True)
+        if self._position:
+            sampler.load_state_dict(self._position)
+            self._position = {}
         return ResumableLoader(self.train_set, sampler=sampler, batch_size=None, collate_fn=_as_it_is)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where the epoch stands, for the checkpoint."""
+        return self._train_sampler.state_dict() if self._train_sampler else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on there when the training loader is made.
+
+        Lightning restores a loader's own state only if nothing asked for the number of steps before, as our learning
+        rate's schedule does.
+        """
+        self._position = state_dict
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of the validation images in canonical order."""

@@ -3,7 +3,19 @@
 import torch
 from torch import Tensor
 
+from kdq_lightning.errors import UserError
+
 Statistics = tuple[float, float, float]  # one value a channel, of images scaled to [0, 1]
+
+
+def check_statistics(mean_name: str, mean: Statistics, std_name: str, std: Statistics) -> None:
+    """Raise a UserError unless each mean is within [0, 1] and each deviation within (0, 1]."""
+    for name, values, good in (
+        (mean_name, mean, all(0 <= value <= 1 for value in mean)),
+        (std_name, std, all(0 < value <= 1 for value in std)),
+    ):
+        if not good:
+            raise UserError(f"{name} belongs to images scaled to [0, 1], one value a channel, got {list(values)}")
 
 
 def _channels(values: Statistics, like: Tensor) -> Tensor:

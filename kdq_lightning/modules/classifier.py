@@ -73,7 +73,7 @@ class Classifier(LightningModule):
         """
         super().__init__()
         self.save_hyperparameters()
-        check_range("learning_rate", learning_rate, low=0)
+        check_range("learning_rate", learning_rate, low=0, high=1e3)
         check_range("weight_decay", weight_decay, low=0, including_low=True)
         check_range("warmup", warmup, low=0, high=1, including_low=True)
         self.network_name, self.num_classes, self.strategy = network, num_classes, strategy
@@ -81,6 +81,7 @@ class Classifier(LightningModule):
         self.weights, self.weights_mean, self.weights_std = weights, weights_mean, weights_std
         self.mean: Statistics | None = None  # of the inputs that the network expects; known from setup on
         self.std: Statistics | None = None
+        self._data_statistics: tuple[Statistics, Statistics] | None = None  # of the batches that arrive
         self._build_networks()
         for module in self.networks().values():
             module.to(memory_format=torch.channels_last)
@@ -119,9 +120,8 @@ class Classifier(LightningModule):
 
     def inputs(self, images: Tensor) -> Tensor:
         """Normalise images as the network expects them, and lay them out as convolutions like them."""
-        if self.mean is not None and self.std is not None:
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
-            images = renormalize(images, data.mean, data.std, self.mean, self.std)
+        if self._data_statistics is not None and self.mean is not None and self.std is not None:
+            images = renormalize(images, *self._data_statistics, self.mean, self.std)
         return images.contiguous(memory_format=torch.channels_last)
 
     # --- weights and statistics
@@ -129,8 +129,10 @@ class Classifier(LightningModule):
     def setup(self, stage: str) -> None:
         """Take over the data's statistics, or the trained weights and theirs."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.mean is None and data is not None:
-            self.mean, self.std = data.mean, data.std
+        if data is not None:
+            self._data_statistics = data.mean, data.std
+            if self.mean is None:
+                self.mean, self.std = data.mean, data.std
         if self.weights is not None and self.trainer.ckpt_path is None:
             trained = load_trained(self.weights, self.network_name, self.weights_mean, self.weights_std)
             self._load_networks(trained)
@@ -156,6 +158,16 @@ class Classifier(LightningModule):
             for name, network in self.networks().items()
         }
         checkpoint["data"] = {"num_classes": self.num_classes, "mean": self.mean, "std": self.std}
+        checkpoint["plan"] = self.plan()
+
+    def plan(self) -> dict[str, str | int | None]:
+        """Return what a resumed run must share with the run that it goes on with."""
+        return {
+            "strategy": self.strategy,
+            "seed_everything": getattr(self.trainer.datamodule, "seed", None),  # type: ignore[attr-defined]
+            "max_epochs": self.trainer.max_epochs,
+            "max_steps": self.trainer.max_steps,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the statistics that the weights belong to."""
@@ -186,11 +198,21 @@ class Classifier(LightningModule):
     def on_fit_start(self) -> None:
         """Start the record of the loss on the device, where looking at it costs nothing."""
         self._bad_step = torch.tensor(-1, device=self.device)
+        self.on_train_epoch_start()  # Lightning leaves it out when it resumes in the middle of an epoch
 
     def on_train_epoch_start(self) -> None:
         """Start the epoch's sums and its clock."""
         self._sums = {}
         self._started = time.perf_counter()
+
+    def on_validation_start(self) -> None:
+        """Stop the clock of the epoch's training."""
+        self._stopped = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Let the clock go on."""
+        if self.fitting:
+            self._started += time.perf_counter() - self._stopped
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the strategy's loss; its parts are summed on the device and logged once an epoch."""
@@ -215,15 +237,18 @@ class Classifier(LightningModule):
         step = int(self.trainer.strategy.reduce(self._bad_step.double(), reduce_op="max"))
         if step >= 0:
             saved = [getattr(keeper, "best_model_path", "") for keeper in self.trainer.checkpoint_callbacks]
-            checkpoint = next(filter(None, reversed(saved)), "none yet")
+            good = next(filter(None, reversed(saved)), "")
             raise UserError(
-                f"the loss is not finite since step {step}; last good checkpoint: {checkpoint}. Lower"
-                " --model.init_args.learning_rate, or look at the data, and go on with --ckpt_path last"
+                f"the loss is not finite since step {step}; last good checkpoint: {good or 'none yet'}. Lower"
+                " --model.init_args.learning_rate or look at the data, and "
+                + (f"start from its weights with --model.init_args.weights {good}" if good else "start again")
             )
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's means over all images of all ranks."""
         self._refuse_nan()
+        if not self._sums:  # resumed where the epoch's last step was done
+            return
         seconds = time.perf_counter() - self._started
         totals = self.trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
         means = (totals[:, 0] / totals[:, 1]).tolist()

@@ -38,7 +38,7 @@ class MixupKD(Distillation):
         super().__init__(strategy=strategy, **kwargs)
         check_range("label_weight", label_weight, low=0, high=1, including_low=True)
         check_range("temperature", temperature, low=0)
-        check_range("mixup_alpha", mixup_alpha, low=0)
+        check_range("mixup_alpha", mixup_alpha, low=0, high=1e6)
         self.label_weight, self.temperature, self.mixup_alpha = label_weight, temperature, mixup_alpha
 
     def draw_lambda(self) -> float:
