@@ -1,8 +1,10 @@
 """Alphabets: a codebook and a bit width give the levels that a weight may take, in units of its scale."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdq_lightning.errors import UserError
@@ -37,6 +39,52 @@ class QuantizedWeight:
         return scale * self.grid[self.codes.long()]
 
 
+@dataclass(frozen=True)
+class Alphabet:
+    """Rounds to the levels of a codebook; values and levels are in units of the scale.
+
+    Raises:
+        UserError: From `grid`, when the levels are first needed.
+    """
+
+    codebook: str
+    bits: int
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """(levels,) float32, ascending."""
+        return grid(self.codebook, self.bits)
+
+    @cached_property
+    def _offset(self) -> float:
+        return 0.5 if self.codebook == "midrise" else 0.0
+
+    @cached_property
+    def _range(self) -> tuple[float, float]:
+        return float(self.grid[0]), float(self.grid[-1])
+
+    def round(self, values: Tensor, noise: Tensor | float = 0.5) -> Tensor:
+        """Return the level that each value rounds to, same shape and dtype.
+
+        Args:
+            values: Any shape.
+            noise: 1/2 rounds to the nearest level, ties upwards; uniform draws from [0, 1) round to floor or ceiling
+                with probability by distance.
+        """
+        if self.codebook == "soft":
+            values = F.softshrink(values, soft_threshold(self.bits))
+        if self.codebook == "hard":
+            threshold = hard_threshold(self.bits)
+            steps = (values.abs() - threshold + noise).floor_().clamp_(0, 2 ** (self.bits - 1))
+            return (steps + threshold) * values.sign() * (values.abs() > threshold)
+        return (values + (noise - self._offset)).floor_().add_(self._offset).clamp_(*self._range)
+
+    def encode(self, levels: Tensor) -> Tensor:
+        """Return the int16 index in `grid` of each level."""
+        middles = (self.grid[1:] + self.grid[:-1]) / 2
+        return torch.bucketize(levels.contiguous(), middles.to(levels)).to(torch.int16)
+
+
 def grid(codebook: str, bits: int) -> Tensor:
     """Return the unscaled levels of a codebook at a bit width, (levels,) float32 ascending.
 
@@ -64,3 +112,8 @@ def grid(codebook: str, bits: int) -> Tensor:
 def hard_threshold(bits: int) -> float:
     """Return λ/δ, the smallest positive level of `hard`, where δ = (range - λ)/K and λ = THRESHOLD·range."""
     return float(2 ** (bits - 1)) * THRESHOLD / (1 - THRESHOLD)
+
+
+def soft_threshold(bits: int) -> float:
+    """Return λ/δ of `soft`, where δ = range/K and λ = THRESHOLD·range."""
+    return float(2 ** (bits - 1)) * THRESHOLD
