@@ -1,0 +1,28 @@
+"""`kdq bench`: one parser, one module a subject."""
+
+import importlib
+import json
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+SUBJECTS = {"data": "images/s of loader and augmentation", "step": "images/s of the Trainer against a bare loop"}
+
+
+def main(args: list[str]) -> int:
+    """Run one benchmark, print its tables, and write its figures where `--json` says."""
+    parser = ArgumentParser(
+        prog="kdq bench", description="Throughput against the limit that the same process measures."
+    )
+    subcommands = parser.add_subcommands(dest="subject")
+    modules = {name: importlib.import_module(f"kdq_lightning.bench.{name}") for name in SUBJECTS}
+    for name, text in SUBJECTS.items():
+        subject = ArgumentParser(description=modules[name].__doc__)
+        modules[name].add_arguments(subject)
+        subject.add_argument("--json", type=Path | None, default=None, help="File that gets the figures.")
+        subcommands.add_subcommand(name, subject, help=text)
+    options = parser.parse_args(args)
+    figures = modules[options.subject].run(options[options.subject])
+    if path := options[options.subject].json:
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0

@@ -1,0 +1,79 @@
+"""What happens around training: the run folder's state, a line an epoch, predictions on disk."""
+
+import csv
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+
+from kdq_lightning.checkpoints import FINISHED
+
+
+def checkpoint_callbacks() -> list[ModelCheckpoint]:
+    """Return the keepers of `checkpoints/best.ckpt` (highest `val/top1`) and `checkpoints/last.ckpt` (every epoch)."""
+    best = ModelCheckpoint(
+        filename="best", monitor="val/top1", mode="max", save_on_train_epoch_end=True, enable_version_counter=False
+    )
+    last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    return [best, last]
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the whole configuration beside a training run; other commands leave no file."""
+
+    def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml` before training."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class RunFolder(Callback):
+    """Marks a run as finished, and takes away the folder of one that failed before its first checkpoint."""
+
+    def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        """Say that the weights are final: only such a version stands for its run."""
+        if trainer.is_global_zero and trainer.log_dir and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(trainer.log_dir, FINISHED).touch()
+
+    def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing half-written."""
+        if trainer.is_global_zero and trainer.logger and trainer.global_step == 0:
+            folder = Path(trainer.logger.log_dir or "")
+            if folder.name.startswith("version_") and not (folder / "checkpoints").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class WritePredictions(BasePredictionWriter):
+    """Writes `predictions.csv`: image (canonical index), top1 (class) and probability."""
+
+    def __init__(self, folder: Path) -> None:
+        """Name the run folder that gets the file."""
+        super().__init__(write_interval="epoch")
+        self.folder = folder
+
+    def write_on_epoch_end(
+        self, trainer: LightningTrainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Any
+    ) -> None:
+        """Collect the predictions of all ranks, by image, and write them in one piece."""
+        rows = [
+            row for index, top1, p in predictions for row in zip(index.tolist(), top1.tolist(), p.tolist(), strict=True)
+        ]
+        if trainer.world_size > 1:
+            shards: list[list[tuple[int, int, float]]] = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(shards, rows)
+            rows = [row for shard in shards for row in shard]
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft = self.folder / "predictions.csv.part"
+            with draft.open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["image", "top1", "probability"])
+                writer.writerows((image, top1, f"{p:.6f}") for image, top1, p in sorted(rows))
+            draft.replace(self.folder / "predictions.csv")
+            trainer.print(f"{len(rows)} predictions in {self.folder / 'predictions.csv'}")

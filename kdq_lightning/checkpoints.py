@@ -1,0 +1,173 @@
+"""Trained networks on disk: a run folder, a checkpoint of ours or a plain state dict, all read into the same thing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kdq_lightning.data.normalization import Statistics
+from kdq_lightning.errors import UserError
+from kdq_lightning.networks import NETWORKS, build_network
+
+FINISHED = "finished"  # an empty file in a version's folder: its training came to its end
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network's name, what it was trained on and its weights.
+
+    Attributes:
+        network: Its name in `networks.NETWORKS`.
+        num_classes: Width of its last layer.
+        mean: Channel means of the inputs that it expects, for images in [0, 1].
+        std: Channel deviations of the inputs that it expects.
+        state: Its state dict.
+        path: The file that it was read from.
+    """
+
+    network: str
+    num_classes: int
+    mean: Statistics
+    std: Statistics
+    state: dict[str, Tensor]
+    path: Path
+
+    def build(self) -> nn.Module:
+        """Return the network with its weights, in float32 and eval mode.
+
+        Raises:
+            UserError: If the weights don't fit the network that the file names.
+        """
+        module = build_network(self.network, self.num_classes)
+        load_state(module, self.state, self.path)
+        return module.eval()
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights into a network; only BatchNorm's step counters may be missing.
+
+    Raises:
+        UserError: If a key is missing or unexpected, or a shape differs.
+    """
+    own = module.state_dict()
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    for problem, keys in (("lacks", missing), ("has the unknown", unexpected), ("has another shape for", shapes)):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise UserError(f"{path} does not fit the network: it {problem} {keys[0]}{more}; is it another network's?")
+    module.load_state_dict({**own, **state})
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours with `weights_only=True`: no code in it can run.
+
+    Raises:
+        UserError: If the file is truncated, or not a checkpoint of this project.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:120]
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); it is truncated or foreign") from error
+    if not isinstance(checkpoint, dict) or not {"networks", "data", "state_dict"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of kdq: it names no networks and no data")
+    return checkpoint
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the weights file that a path stands for: the file itself, or the best checkpoint of a run folder.
+
+    A run folder holds versions; the newest finished one is taken. A version's own folder will do, too.
+
+    Raises:
+        UserError: If there is nothing at the path, or no finished version in it.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(
+            f"{path} does not exist: give a run folder, a checkpoint or a .safetensors file"
+            f" (a run folder comes from `kdq fit --config configs/{path.name}.yaml`)"
+        )
+    if (path / "checkpoints").is_dir():
+        return _best_of(path)
+    finished = [version for version in versions(path) if (version / FINISHED).exists()]
+    if not finished:
+        raise UserError(
+            f"{path} holds no finished run: finish it with `--ckpt_path last`, or name one of its checkpoints"
+        )
+    return _best_of(finished[-1])
+
+
+def _best_of(version: Path) -> Path:
+    """Return a version's best checkpoint; one that never validated (a few-steps limit) has only its last."""
+    for name in ("best.ckpt", "last.ckpt"):
+        if (version / "checkpoints" / name).is_file():
+            return version / "checkpoints" / name
+    raise UserError(f"{version} holds no checkpoint: train it again, or name another run")
+
+
+def versions(run: Path) -> list[Path]:
+    """Return the version folders of a run, oldest first."""
+    numbered = [folder for folder in run.glob("version_*") if folder.name.removeprefix("version_").isdigit()]
+    return sorted(numbered, key=lambda folder: int(folder.name.removeprefix("version_")))
+
+
+def load_trained(
+    path: str | Path,
+    network: str | None = None,
+    mean: Statistics | None = None,
+    std: Statistics | None = None,
+    option: str = "weights",
+) -> dict[str, TrainedNetwork]:
+    """Read the trained networks that a path stands for, by name (`peer0`, ... for mutual learning, else the network's).
+
+    Args:
+        path: A run folder, a checkpoint of ours, or a plain `.safetensors` state dict.
+        network: The network's name, which a plain state dict doesn't say.
+        mean: Channel means of the network's inputs, which a plain state dict doesn't say.
+        std: Channel deviations of the network's inputs, which a plain state dict doesn't say.
+        option: What the command line calls the path, for the error's sentence.
+
+    Raises:
+        UserError: If nothing is there, it can't be read, or it says too little of itself.
+    """
+    file = find_checkpoint(path)
+    if file.suffix == ".safetensors":
+        return _from_state_dict(file, network, mean, std, option)
+    checkpoint = read_checkpoint(file)
+    data = checkpoint["data"]
+    found = {}
+    for name, entry in checkpoint["networks"].items():
+        prefix = entry["prefix"]
+        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        found[name] = TrainedNetwork(entry["network"], data["num_classes"], data["mean"], data["std"], state, file)
+    return found
+
+
+def _from_state_dict(
+    file: Path, network: str | None, mean: Statistics | None, std: Statistics | None, option: str
+) -> dict[str, TrainedNetwork]:
+    if network is None or mean is None or std is None:
+        raise UserError(
+            f"{file} is a plain state dict and says nothing of itself: give its network and the statistics of its"
+            f" inputs (--model.init_args.network or .teacher_network, .{option}_mean and .{option}_std)"
+        )
+    if network not in NETWORKS:
+        raise UserError(f"unknown network {network!r}: choose one of {', '.join(NETWORKS)}")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read as safetensors ({error}); it is truncated or foreign") from error
+    head = [value for value in state.values() if value.ndim == 2]
+    if not head:
+        raise UserError(f"{file} holds no linear layer, so it is no classifier's state dict")
+    return {network: TrainedNetwork(network, len(head[-1]), mean, std, state, file)}

@@ -1,0 +1,148 @@
+"""The `kdq` command: LightningCLI for everything with a model, plain parsers for the rest."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from kdq_lightning.callbacks import RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
+from kdq_lightning.checkpoints import FINISHED, find_checkpoint, versions
+from kdq_lightning.dashboard import Dashboard
+from kdq_lightning.data.datamodules import (  # imported so that configs can name them without their module
+    CIFARDataModule,  # noqa: F401
+    DigitsDataModule,  # noqa: F401
+    ImageDataModule,
+    ImageFolderDataModule,  # noqa: F401
+)
+from kdq_lightning.errors import UserError
+from kdq_lightning.modules.classifier import Classifier
+from kdq_lightning.modules.dkd import DecoupledKD  # noqa: F401
+from kdq_lightning.modules.dml import MutualLearning  # noqa: F401
+from kdq_lightning.modules.hint import HintKD  # noqa: F401
+from kdq_lightning.modules.mixup import MixupKD  # noqa: F401
+from kdq_lightning.modules.vanilla import VanillaKD  # noqa: F401
+from kdq_lightning.trainer import Trainer
+
+
+class CommandLine(LightningCLI):
+    """`kdq fit, validate, test, predict`: LightningCLI with run folders that are named after their config."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run's name, and let the data say how many classes there are."""
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Run folder; default: the config's file name."
+        )
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, then take `--ckpt_path` over from Lightning, which knows neither run folders nor state dicts."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        self.root = Path(config.trainer.default_root_dir)
+        self.run_name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
+        self.resumed: Path | None = None
+        path, config.ckpt_path = config.ckpt_path, None
+        if self.config.subcommand == "fit":
+            self.resumed = self._resume_from(path) if path else None
+            return
+        weights = path or config.model.init_args.get("weights")
+        if weights is None:
+            raise UserError(
+                f"`kdq {self.config.subcommand}` needs trained weights: give --ckpt_path a run folder or a checkpoint"
+                f" (for example {self.root / self.run_name})"
+            )
+        config.model.init_args.weights = str(find_checkpoint(weights))
+
+    def _resume_from(self, path: str) -> Path:
+        """Return the checkpoint that training goes on from: the named one, or the newest version's last one."""
+        if path == "last":
+            found = versions(self.root / self.run_name)
+            if not found:
+                raise UserError(f"{self.root / self.run_name} holds no run to go on with: leave --ckpt_path away")
+            path = str(found[-1] / "checkpoints" / "last.ckpt")
+        checkpoint = Path(path)
+        if not checkpoint.is_file():
+            raise UserError(f"{checkpoint} does not exist: there is nothing to go on from, leave --ckpt_path away")
+        return checkpoint
+
+    def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
+        """Give the trainer its run folder, checkpoints and bars."""
+        config = self._get(self.config_init, "trainer")
+        callbacks = [*(config.get("callbacks") or []), RichProgressBar(refresh_rate=20)]
+        logger: Any = False
+        if self.subcommand == "fit":
+            logger = Dashboard(self.root, self.run_name) if config.get("logger") in (None, True) else config["logger"]
+            if self.resumed and self.resumed.parent.name == "checkpoints":
+                version = self.resumed.parent.parent
+                logger = Dashboard(version.parent.parent, version.parent.name, int(version.name.split("_")[-1]))
+            callbacks += [RunFolder(), *checkpoint_callbacks()]
+        elif self.subcommand == "predict":
+            callbacks.append(WritePredictions(self._predictions_folder()))
+        return super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
+
+    def _predictions_folder(self) -> Path:
+        """Return the run folder that the weights lie in; weights from elsewhere get a folder of their own."""
+        weights = Path(self.config.predict.model.init_args.weights)
+        if weights.parent.name in ("checkpoints", "packed"):
+            return weights.parent.parent
+        return Path(Dashboard(self.root, f"{self.run_name}-predicted").log_dir)
+
+    def before_fit(self) -> None:
+        """Hand the checkpoint to Lightning, unless its run is finished."""
+        if self.resumed is None:
+            return
+        if (self.resumed.parent.parent / FINISHED).exists():
+            raise UserError(f"{self.resumed.parent.parent} is finished: nothing is left to train")
+        self.config_init.fit.ckpt_path = str(self.resumed)
+
+
+def main(args: ArgsType = None) -> int:
+    """Run a command and return its exit code; what the user can mend is said in one sentence."""
+    _quiet()
+    arguments = sys.argv[1:] if args is None else args
+    try:
+        if isinstance(arguments, list) and arguments[:1] == ["bench"]:
+            from kdq_lightning.bench.command import main as bench
+
+            return bench(arguments[1:])
+        CommandLine(
+            Classifier,
+            ImageDataModule,
+            trainer_class=Trainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={"prog": "kdq", "default_env": True, "env_prefix": "KDQ"},
+            args=args,
+        )
+    except UserError as error:
+        print(f"kdq: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"kdq: {error.strerror or error}: {error.filename or 'a file'}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _quiet() -> None:
+    """Silence what Lightning says of itself."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # the loader gathers whole batches from memory: workers would slow it down
+        ".*sync_dist=True.*",  # what is logged is already summed over ranks
+        ".*LeafSpec.*",
+        ".*could not find the monitored key.*",  # a few-steps limit ends before the first validation
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+        ".*srun.*",
+        ".*smaller than the logging interval.*",  # we log once an epoch
+    ):
+        warnings.filterwarnings("ignore", message)

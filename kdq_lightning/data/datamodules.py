@@ -1,0 +1,383 @@
+"""Datamodules: CIFAR-10 and CIFAR-100, any tree of class folders, and scikit-learn's digits."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from kdq_lightning.data.augmentation import augment, shrink
+from kdq_lightning.data.folders import class_folders, read_class_folders
+from kdq_lightning.data.images import Batch, ImageSet, canonical_set, stratified_sample
+from kdq_lightning.data.normalization import Statistics, normalize
+from kdq_lightning.data.sampler import GlobalBatchSampler, ResumableLoader
+from kdq_lightning.errors import UserError
+
+_CIFAR = {
+    "cifar10": (CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": (CIFAR100, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ImageDataModule(LightningDataModule):
+    """Images in memory, whole uint8 batches to the device, augmentation and normalisation there.
+
+    A source says what it holds in `__init__` and overrides `read`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: str,
+        num_classes: int,
+        image_size: int,
+        mean: Statistics,
+        std: Statistics,
+        batch_size: int = 128,
+        val_size: int | float = 5000,
+        crop: int = 4,
+        flip: bool = True,
+        cutout: int = 0,
+        trivial_augment: bool = False,
+        image_sizes: list[int] | None = None,
+        seed: int | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        """Describe the data; no image is read yet.
+
+        Args:
+            dataset: What records call the data.
+            num_classes: Number of classes.
+            image_size: Side of the stored images in pixels.
+            mean: Channel means of images in [0, 1], subtracted.
+            std: Channel standard deviations of images in [0, 1], divided by.
+            batch_size: Images a step, over all processes.
+            val_size: Images kept from training for validation: a count, or a fraction below 1.
+            crop: Largest random shift in pixels, 0 for none.
+            flip: Mirror every other image.
+            cutout: Side in pixels of the square painted over with the mean colour, 0 for none.
+            trivial_augment: Apply TrivialAugmentWide to each image.
+            image_sizes: Sides in pixels that training images are shrunk to, spread evenly over the run's epochs.
+            seed: Seed of order and views; the run's seed if not given.
+            split_seed: Seed of the validation split and of the calibration images, whatever the run's seed.
+
+        Raises:
+            UserError: If an option is out of its range.
+        """
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        if crop < 0 or cutout < 0:
+            raise UserError(f"crop and cutout are pixels, 0 or more, got {crop} and {cutout}")
+        if image_sizes is not None and not all(1 <= size <= image_size for size in image_sizes or [0]):
+            raise UserError(f"image_sizes must be between 1 and {image_size}, the stored size, got {image_sizes}")
+        if min(std) <= 0:
+            raise UserError(f"std must be above 0 in each channel, got {std}")
+        self.dataset = dataset
+        self.num_classes = num_classes
+        self.image_size = image_size
+        self.mean = mean
+        self.std = std
+        self.batch_size = batch_size
+        self.val_size = val_size
+        self.crop = crop
+        self.flip = flip
+        self.cutout = cutout
+        self.trivial_augment = trivial_augment
+        self.image_sizes = image_sizes
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.split_seed = split_seed
+        # Some ranks have nothing of a small last evaluation batch.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self._is_set_up = False
+
+    def read(self) -> tuple[ImageSet, ImageSet]:
+        """Return the whole training set and the test set, each in canonical order."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read all images, once, and split off the validation images.
+
+        Raises:
+            UserError: If the data are missing or broken, or the validation split would leave no training image.
+        """
+        if self._is_set_up:
+            return
+        self.train_set, self.test_set = self.read()
+        total = len(self.train_set)
+        count = round(self.val_size * total) if self.val_size < 1 else int(self.val_size)
+        if not 0 <= count < total:
+            raise UserError(f"val_size {self.val_size} doesn't fit the {total} training images of {self.dataset}")
+        self.val_index = stratified_sample(self.train_set.labels, count, self.split_seed).sort().values
+        is_training = torch.ones(total, dtype=torch.bool)
+        is_training[self.val_index] = False
+        self.train_index = is_training.nonzero().squeeze(1)
+        self._is_set_up = True
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes by label; known after setup."""
+        return self.train_set.class_names
+
+    def calibration_images(self, count: int) -> tuple[Tensor, Tensor]:
+        """Choose training images for quantization: stratified, not augmented, the same whatever the run's seed.
+
+        Args:
+            count: How many.
+
+        Returns:
+            uint8 images (count, 3, h, w) in random order, and their canonical indices (count,).
+
+        Raises:
+            UserError: If there are not as many training images.
+        """
+        if not 1 <= count <= len(self.train_index):
+            raise UserError(f"{count} calibration images asked for, and {len(self.train_index)} training images there")
+        labels = self.train_set.labels[self.train_index]
+        index = self.train_index[stratified_sample(labels, count, self.split_seed)]
+        return self.train_set.images[index], index
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the loader of shuffled training batches; it resumes in the middle of an epoch.
+
+        Raises:
+            UserError: If image sizes are to change over an unknown number of epochs.
+        """
+        if self.image_sizes and self.trainer and (self.trainer.max_epochs or 0) < 1:
+            raise UserError("image_sizes are spread over the run's epochs: give max_epochs instead of max_steps")
+        self._train_sampler = self._sampler(self.train_index, shuffle=True, drop_last=True)
+        return ResumableLoader(self.train_set, sampler=self._train_sampler, batch_size=None, collate_fn=_as_it_is)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Return the loader of the validation images in canonical order."""
+        return self._evaluation_loader(self.train_set, self.val_index)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Return the loader of the test images in canonical order."""
+        return self._evaluation_loader(self.test_set, torch.arange(len(self.test_set)))
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Return the loader of the test images in canonical order."""
+        return self.test_dataloader()
+
+    def _evaluation_loader(self, images: ImageSet, index: Tensor) -> DataLoader[Batch]:
+        return DataLoader(images, sampler=self._sampler(index), batch_size=None, collate_fn=_as_it_is)
+
+    def _sampler(self, index: Tensor, shuffle: bool = False, drop_last: bool = False) -> GlobalBatchSampler:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return GlobalBatchSampler(
+            index,
+            self.batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Turn uint8 images (batch, 3, h, w) into network inputs, float32."""
+        return normalize(images, self.mean, self.std)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Normalise a batch on its device; while training, augment it first."""
+        if not (self.trainer and self.trainer.training):
+            return batch._replace(images=self.normalize(batch.images))
+        epoch = self.trainer.current_epoch
+        red, green, blue = (round(255 * value) for value in self.mean)
+        images = augment(
+            batch.images,
+            batch.index,
+            seed=self.seed,
+            epoch=epoch,
+            crop=self.crop,
+            flip=self.flip,
+            cutout=self.cutout,
+            trivial_augment=self.trivial_augment,
+            fill=(red, green, blue),
+        )
+        images = self.normalize(images)
+        if self.image_sizes and self.trainer.max_epochs:
+            images = shrink(images, self.image_sizes[epoch * len(self.image_sizes) // self.trainer.max_epochs])
+        return batch._replace(images=images)
+
+
+def _as_it_is(batch: Any) -> Any:  # noqa: ANN401 - torch types collate_fn as if it always got lists
+    return batch
+
+
+class CIFARDataModule(ImageDataModule):
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), from the official archive or from class folders."""
+
+    def __init__(
+        self,
+        dataset: str = "cifar10",
+        root: str | Path = "data",
+        download: bool = True,
+        mean: Statistics | None = None,
+        std: Statistics | None = None,
+        **options: Any,
+    ) -> None:
+        """Describe the data; no image is read yet.
+
+        Args:
+            dataset: cifar10 or cifar100.
+            root: Folder of the official archive, or of `<dataset>/{train,test}/<class>/*.png`.
+            download: Fetch the official archive into `root` if neither is there.
+            mean: Channel means; those of the training set if not given.
+            std: Channel standard deviations; those of the training set if not given.
+            options: See ImageDataModule.
+
+        Raises:
+            UserError: If the data set is unknown or an option is out of its range.
+        """
+        if dataset not in _CIFAR:
+            raise UserError(f"unknown dataset {dataset!r}: choose one of {', '.join(_CIFAR)}")
+        self._archive, num_classes, default_mean, default_std = _CIFAR[dataset]
+        super().__init__(
+            dataset=dataset,
+            num_classes=num_classes,
+            image_size=32,
+            mean=mean or default_mean,
+            std=std or default_std,
+            **options,
+        )
+        self.root = Path(root)
+        self.download = download
+
+    @property
+    def _folders(self) -> Path:
+        return self.root / self.dataset
+
+    def prepare_data(self) -> None:
+        """Download or unpack the official archive if there are no class folders.
+
+        Raises:
+            UserError: If there are no data and they can't be fetched.
+        """
+        if self._folders.is_dir():
+            return
+        fetch = self.download or (self.root / self._archive.filename).is_file()
+        try:
+            self._archive(self.root, download=fetch)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"no {self.dataset} in {self.root} ({error}): put the official {self._archive.filename} or class "
+                f"folders {self._folders}/{{train,test}}/<class>/*.png there, or try configs/quickstart.yaml, whose "
+                "digits need no download"
+            ) from error
+
+    def read(self) -> tuple[ImageSet, ImageSet]:
+        """Return training and test set from whichever source is there."""
+        if self._folders.is_dir():
+            train, test = (self._folders / split for split in ("train", "test"))
+            names = class_folders(train)
+            if len(names) != self.num_classes:
+                raise UserError(f"{train} has {len(names)} class folders, and {self.dataset} has {self.num_classes}")
+            return read_class_folders(train, names, 32), read_class_folders(test, names, 32)
+        self.prepare_data()
+        return self._read_archive(train=True), self._read_archive(train=False)
+
+    def _read_archive(self, train: bool) -> ImageSet:
+        archive = self._archive(self.root, train=train)
+        return canonical_set(archive.data, np.asarray(archive.targets, dtype=np.int64), archive.classes)
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Any tree `{train,test}/<class>/<image>`."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int = 32,
+        mean: Statistics = _IMAGENET_MEAN,
+        std: Statistics = _IMAGENET_STD,
+        val_size: int | float = 0.1,
+        **options: Any,
+    ) -> None:
+        """Count the class folders; no image is read yet.
+
+        Args:
+            root: Folder that holds `train` and `test`.
+            image_size: Side in pixels that images are scaled and cropped to.
+            mean: Channel means; ImageNet's if not given.
+            std: Channel standard deviations; ImageNet's if not given.
+            val_size: Images kept from training for validation: a count, or a fraction below 1.
+            options: See ImageDataModule.
+
+        Raises:
+            UserError: If there are no class folders, or an option is out of its range.
+        """
+        self.root = Path(root)
+        self._names = class_folders(self.root / "train")
+        super().__init__(
+            dataset=self.root.resolve().name,
+            num_classes=len(self._names),
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            val_size=val_size,
+            **options,
+        )
+
+    def read(self) -> tuple[ImageSet, ImageSet]:
+        """Return training and test set."""
+        return (
+            read_class_folders(self.root / "train", self._names, self.image_size),
+            read_class_folders(self.root / "test", self._names, self.image_size),
+        )
+
+
+class DigitsDataModule(ImageDataModule):
+    """Scikit-learn's 1,797 real handwritten digits (Alpaydin and Kaynak 1998): nothing to download."""
+
+    def __init__(
+        self,
+        val_size: int | float = 0.1,
+        crop: int = 1,
+        flip: bool = False,
+        mean: Statistics = (0.3051, 0.3051, 0.3051),
+        std: Statistics = (0.3756, 0.3756, 0.3756),
+        **options: Any,
+    ) -> None:
+        """Describe the data; no image is read yet.
+
+        Args:
+            val_size: Images kept from training for validation: a count, or a fraction below 1.
+            crop: Largest random shift in pixels, 0 for none.
+            flip: Mirror every other image, which makes other digits of them.
+            mean: Channel means; those of the training set if not given.
+            std: Channel standard deviations; those of the training set if not given.
+            options: See ImageDataModule.
+        """
+        super().__init__(
+            dataset="digits",
+            num_classes=10,
+            image_size=16,
+            mean=mean,
+            std=std,
+            val_size=val_size,
+            crop=crop,
+            flip=flip,
+            **options,
+        )
+
+    def read(self) -> tuple[ImageSet, ImageSet]:
+        """Return training and test set: a stratified fifth is the test set, whatever the seed."""
+        from sklearn.datasets import load_digits  # slow to import, and only the digits need it
+
+        digits = load_digits()
+        grey = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)
+        grey = grey.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+        pixels = grey[..., None].expand(-1, -1, -1, 3).numpy()
+        is_test = np.zeros(len(pixels), dtype=bool)
+        is_test[stratified_sample(torch.from_numpy(digits.target), len(pixels) // 5, seed=0)] = True
+        names = [str(digit) for digit in range(10)]
+        train, test = (canonical_set(pixels[p], digits.target[p].astype(np.int64), names) for p in (~is_test, is_test))
+        return train, test

@@ -1,0 +1,80 @@
+"""Labelled images in memory, in an order that doesn't depend on where they came from, and seeded choices of them."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kdq_lightning.data.augmentation import hash_uniform
+
+
+class Batch(NamedTuple):
+    """What every step receives: bytes as loaded, or normalised floats once on the device."""
+
+    images: Tensor  # (batch, 3, h, w), uint8 or float32
+    labels: Tensor  # (batch,), int64
+    index: Tensor  # type: ignore[assignment]  # (batch,), int64, canonical index of the image within its split
+
+
+@dataclass(frozen=True)
+class ImageSet(Dataset[Batch]):
+    """One split, whole, in canonical order; an item is a whole batch."""
+
+    images: Tensor  # (images, 3, h, w), uint8
+    labels: Tensor  # (images,), int64
+    class_names: list[str]
+
+    def __getitem__(self, index: Tensor) -> Batch:
+        """Gather the images of these canonical indices, int64, (batch,)."""
+        return Batch(self.images[index], self.labels[index], index)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+
+def canonical_set(pixels: NDArray[np.uint8], labels: NDArray[np.int64], class_names: list[str]) -> ImageSet:
+    """Sort images by label and then by a hash of their pixels.
+
+    Args:
+        pixels: (images, height, width, 3), in any order.
+        labels: (images,).
+        class_names: Name of each label.
+    """
+    digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
+    order = sorted(range(len(labels)), key=lambda i: (labels[i], digests[i]))
+    images = torch.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=torch.uint8)
+    for place, i in enumerate(order):  # one by one: a second copy of the set would double the memory
+        images[place] = torch.from_numpy(pixels[i]).permute(2, 0, 1)
+    return ImageSet(images, torch.from_numpy(labels[order]), class_names)
+
+
+def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Choose `count` positions, each class in its proportion, by a hash of (seed, position).
+
+    Classes get the whole part of their proportional share; what is left goes to the largest remainders.
+
+    Args:
+        labels: int64, (images,).
+        count: Number of positions, at most images.
+        seed: Seed of the choice.
+
+    Returns:
+        Chosen positions in random order, int64, (count,).
+    """
+    rank = hash_uniform(seed, torch.arange(len(labels)))
+    sizes = labels.bincount()
+    shares = sizes * count // len(labels)
+    remainders = sizes * count % len(labels)
+    shares[remainders.argsort(descending=True, stable=True)[: count - int(shares.sum())]] += 1
+    chosen = []
+    for label, share in enumerate(shares.tolist()):
+        members = (labels == label).nonzero().squeeze(1)
+        chosen.append(members[rank[members].argsort()[:share]])
+    positions = torch.cat(chosen)
+    return positions[rank[positions].argsort()]

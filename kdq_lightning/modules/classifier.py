@@ -1,0 +1,322 @@
+"""The supervised classifier, which is the teacher and the control, and the base that every strategy stands on."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from kdq_lightning.checkpoints import TrainedNetwork, load_state, load_trained
+from kdq_lightning.data.images import Batch
+from kdq_lightning.data.normalization import Statistics, renormalize
+from kdq_lightning.errors import UserError
+from kdq_lightning.evaluation import build_metrics
+from kdq_lightning.losses import cross_entropy
+from kdq_lightning.networks import build_network
+
+Strategy = Literal["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml"]
+
+Cycle = Callable[[int], float]  # step -> share of the peak learning rate
+
+PRINTED = ("train/loss", "train/top1", "val/loss", "val/top1", "val/agreement", "train/images_per_second")
+
+CHECK_EVERY = 50  # steps between two looks at the loss: each look makes the host wait for the device
+
+
+class Losses(NamedTuple):
+    """What a training step gives: the loss to minimise, its named parts, and logits (..., batch, classes) if any."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    logits: Tensor | None
+
+
+class Classifier(LightningModule):
+    """Trains one network on labels: the teacher, and the control, which is the student without a teacher.
+
+    A strategy overrides `losses`; one with several networks also `networks`.
+    """
+
+    def __init__(
+        self,
+        network: str,
+        num_classes: int,
+        learning_rate: float = 0.4,
+        weight_decay: float = 5e-4,
+        warmup: float = 0.25,
+        weights: str | None = None,
+        weights_mean: Statistics | None = None,
+        weights_std: Statistics | None = None,
+        strategy: Strategy = "control",
+    ) -> None:
+        """Build the network.
+
+        Args:
+            network: Its name in `networks.NETWORKS`.
+            num_classes: Number of classes; the command line takes it from the data.
+            learning_rate: Peak of the schedule, taken as it is, for the batch size of the config.
+            weight_decay: L2 penalty on matrices and kernels; BatchNorm and biases have none.
+            warmup: Share of the steps in which the learning rate rises linearly; it falls linearly to 0 after them.
+            weights: Trained weights to start from: a run folder, a checkpoint, or a plain `.safetensors` state dict.
+            weights_mean: Channel means of the inputs that a plain state dict was trained on.
+            weights_std: Their channel deviations.
+            strategy: What records call this run.
+
+        Raises:
+            UserError: If the network is unknown or a number is out of range.
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        check_range("learning_rate", learning_rate, low=0)
+        check_range("weight_decay", weight_decay, low=0, including_low=True)
+        check_range("warmup", warmup, low=0, high=1, including_low=True)
+        self.network_name, self.num_classes, self.strategy = network, num_classes, strategy
+        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        self.weights, self.weights_mean, self.weights_std = weights, weights_mean, weights_std
+        self.mean: Statistics | None = None  # of the inputs that the network expects; known from setup on
+        self.std: Statistics | None = None
+        self._build_networks()
+        self.metrics = {name: build_metrics(num_classes) for name in self.networks()}
+        self._registered_metrics = nn.ModuleList(self.metrics.values())  # so that they move with the module
+        self.val_loss = MeanMetric()
+        self._sums: dict[str, Tensor] = {}
+        self._bad_step = torch.tensor(-1)
+
+    def _build_networks(self) -> None:
+        self.network = build_network(self.network_name, self.num_classes)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the trained networks by the names that records, packed files and dashboards use."""
+        return {self.network_name: self.network}
+
+    def network_names(self) -> dict[str, str]:
+        """Return the name in `networks.NETWORKS` of each of `networks()`."""
+        return {self.network_name: self.network_name}
+
+    def losses(self, images: Tensor, labels: Tensor) -> Losses:
+        """Return the loss of a training batch and its parts: what a strategy is.
+
+        Args:
+            images: (batch, 3, h, w), augmented and normalised.
+            labels: (batch,), class indices.
+        """
+        logits = self.network(images)
+        ce = cross_entropy(logits, labels)
+        return Losses(ce, {"ce": ce}, logits)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, 3, h, w), normalised as the datamodule does, to logits (batch, classes)."""
+        logits: Tensor = next(iter(self.networks().values()))(self.inputs(images))
+        return logits
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Normalise images as the network expects them, and lay them out as convolutions like them."""
+        if self.mean is not None and self.std is not None:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            images = renormalize(images, data.mean, data.std, self.mean, self.std)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    # --- weights and statistics
+
+    def setup(self, stage: str) -> None:
+        """Take over the data's statistics, or the trained weights and theirs."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.mean is None and data is not None:
+            self.mean, self.std = data.mean, data.std
+        if self.weights is not None and self.trainer.ckpt_path is None:
+            trained = load_trained(self.weights, self.network_name, self.weights_mean, self.weights_std)
+            self._load_networks(trained)
+
+    def _load_networks(self, trained: Mapping[str, TrainedNetwork]) -> None:
+        if trained.keys() != self.networks().keys():
+            raise UserError(f"{self.weights} holds {', '.join(trained)}; {', '.join(self.networks())} is asked for")
+        for name, network in self.networks().items():
+            source = trained[name]
+            if source.network != self.network_names()[name]:
+                raise UserError(f"{source.path} holds a {source.network}, not a {self.network_names()[name]}")
+            if source.num_classes != self.num_classes:
+                raise UserError(f"{source.path} has {source.num_classes} classes, the data {self.num_classes}")
+            load_state(network, source.state, source.path)
+            self.mean, self.std = source.mean, source.std
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down what the weights are, so that they can be read without this class."""
+        self._refuse_nan()
+        prefixes = {id(module): name for name, module in self.named_modules()}
+        checkpoint["networks"] = {
+            name: {"network": self.network_names()[name], "prefix": f"{prefixes[id(network)]}."}
+            for name, network in self.networks().items()
+        }
+        checkpoint["data"] = {"num_classes": self.num_classes, "mean": self.mean, "std": self.std}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the statistics that the weights belong to."""
+        self.mean, self.std = checkpoint["data"]["mean"], checkpoint["data"]["std"]
+
+    # --- training
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """SGD with Nesterov momentum 0.9 under `one_cycle`, per step; see `cycles` for what runs when."""
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise UserError("the learning rate needs an end: give --trainer.max_epochs or --trainer.max_steps")
+        groups, shapes = [], []
+        for modules, shape in self.cycles(int(total)):
+            parameters = [parameter for module in modules for parameter in module.parameters()]
+            for decayed in (True, False):
+                chosen = [parameter for parameter in parameters if (parameter.ndim > 1) == decayed]
+                groups.append({"params": chosen, "weight_decay": self.weight_decay if decayed else 0.0})
+                shapes.append(shape)
+        optimizer = torch.optim.SGD(groups, self.learning_rate, momentum=0.9, nesterov=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shapes)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def cycles(self, total: int) -> list[tuple[list[nn.Module], Cycle]]:
+        """Return groups of modules, each with its learning rate over `total` steps as a share of the peak."""
+        return [(list(self.networks().values()), one_cycle(total, self.warmup))]
+
+    def on_fit_start(self) -> None:
+        """Start the record of the loss on the device, where looking at it costs nothing."""
+        self._bad_step = torch.tensor(-1, device=self.device)
+
+    def on_train_epoch_start(self) -> None:
+        """Start the epoch's sums and its clock."""
+        self._sums = {}
+        self._started = time.perf_counter()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the strategy's loss; its parts are summed on the device and logged once an epoch."""
+        losses = self.losses(self.inputs(batch.images), batch.labels)
+        with torch.no_grad():
+            values = {"loss": losses.loss, **losses.parts}
+            if losses.logits is not None:
+                values["top1"] = 100 * (losses.logits.argmax(-1) == batch.labels).float().mean()
+            for name, value in values.items():
+                weighted = torch.stack([value, torch.ones_like(value)]) * len(batch.labels)
+                self._sums[name] = self._sums.get(name, 0) + weighted
+            bad = (self._bad_step < 0) & ~losses.loss.isfinite()
+            self._bad_step = torch.where(bad, self.global_step, self._bad_step)
+        if batch_idx % CHECK_EVERY == 0:
+            self._refuse_nan()
+        return losses.loss
+
+    def _refuse_nan(self) -> None:
+        """Stop on every rank once the loss of any was not finite, before anything of it is saved."""
+        if self._trainer is None or not self.trainer.training:
+            return
+        step = int(self.trainer.strategy.reduce(self._bad_step.double(), reduce_op="max"))
+        if step >= 0:
+            checkpoint = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none yet"
+            raise UserError(
+                f"the loss is not finite since step {step}; last good checkpoint: {checkpoint}. Lower"
+                " --model.init_args.learning_rate, or look at the data, and go on with --ckpt_path last"
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means over all images of all ranks."""
+        self._refuse_nan()
+        seconds = time.perf_counter() - self._started
+        totals = self.trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
+        means = (totals[:, 0] / totals[:, 1]).tolist()
+        logs = {f"train/{name}": mean for name, mean in zip(self._sums, means, strict=True)}
+        logs["train/images_per_second"] = float(totals[0, 1]) / seconds
+        logs["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log_dict(logs | {"step": float(self.global_step)})
+        self._print_epoch(logs | self.trainer.callback_metrics)
+
+    def _print_epoch(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Print a line that stays in the log of a run that nobody watches."""
+        shown = [name for name in PRINTED if name in metrics]
+        line = "  ".join(f"{name} {float(metrics[name]):.4g}" for name in shown)
+        self.print(f"epoch {self.current_epoch + 1}/{self.trainer.max_epochs}  {line}", flush=True)
+
+    # --- evaluation
+
+    @property
+    def fitting(self) -> bool:
+        """Whether `Trainer.fit` is running, its validation included."""
+        return self.trainer.state.fn == TrainerFn.FITTING
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count hits; in the training precision while training, else in float32."""
+        with nullcontext() if self.fitting else torch.autocast(self.device.type, enabled=False):
+            self._evaluate(batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count hits, in float32."""
+        self.validation_step(batch, batch_idx)
+
+    def _evaluate(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Update every metric and return each network's logits (batch, classes); a rank's last batch may be empty."""
+        images = self.inputs(batch.images)
+        logits = {name: network(images).float() for name, network in self.networks().items()}
+        if len(images):
+            for name, values in logits.items():
+                self.metrics[name].update(values.double().softmax(1), batch.labels)
+                self.val_loss.update(F.cross_entropy(values, batch.labels), weight=len(images))
+        return logits
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what validation found, in percent: the mean over the networks, and each one where there are several."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what the test found, in percent."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, split: str) -> None:
+        found = {}
+        for name, metrics in self.metrics.items():
+            found[name] = {key: 100 * value for key, value in metrics.compute().items()}
+            metrics.reset()
+        logs = {
+            f"{split}/{key}": torch.stack([values[key] for values in found.values()]).mean()
+            for key in next(iter(found.values()))
+        }
+        if len(found) > 1:
+            logs |= {f"{split}/{key}/{name}": value for name, values in found.items() for key, value in values.items()}
+        logs[f"{split}/loss"] = self.val_loss.compute()
+        self.log_dict(logs | ({"step": float(self.global_step)} if self.fitting else {}))
+        self.val_loss.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return image indices, top-1 classes and their probabilities, each (batch,), in float32."""
+        with torch.autocast(self.device.type, enabled=False):
+            probability, top1 = self(batch.images).float().softmax(1).max(1)
+        return batch.index, top1, probability
+
+
+def one_cycle(total: int, warmup: float, start: int = 0) -> Cycle:
+    """Return the share of the peak learning rate at a step: linear from 0 up, then linear down to 0.
+
+    Args:
+        total: Number of steps of the cycle.
+        warmup: Share of them that rise.
+        start: The cycle's first step; before it, the share is 0.
+    """
+    rising = warmup * total
+
+    def share(step: int) -> float:
+        step -= start
+        if step < 0 or step >= total:
+            return 0.0
+        return min((step + 1) / (rising + 1), (total - step) / max(total - rising, 1), 1.0)
+
+    return share
+
+
+def check_range(
+    name: str, value: float, low: float, high: float = float("inf"), *, including_low: bool = False
+) -> None:
+    """Raise a UserError unless low < value <= high (low <= value with `including_low`)."""
+    if not (low <= value if including_low else low < value) or not value <= high:
+        below = "at least" if including_low else "above"
+        above = f" and at most {high:g}" if high != float("inf") else ""
+        raise UserError(f"{name} must be {below} {low:g}{above}, got {value}")

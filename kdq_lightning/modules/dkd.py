@@ -1,0 +1,49 @@
+"""Decoupled distillation: CE + w·τ²·(α·TCKD + β·NCKD), w rising over the first twelfth of the epochs."""
+
+from typing import Any
+
+from torch import Tensor
+
+from kdq_lightning.losses import cross_entropy, dkd_parts
+from kdq_lightning.modules.classifier import Losses, Strategy, check_range
+from kdq_lightning.modules.distillation import Distillation
+
+
+class DecoupledKD(Distillation):
+    """Weighs the target class and the others apart (Zhao et al. 2022, eq. 7)."""
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        strategy: Strategy = "dkd",
+        **kwargs: Any,
+    ) -> None:
+        """Set the three knobs.
+
+        Args:
+            alpha: Weight of the target-class part, at least 0.
+            beta: Weight of the non-target-class part, at least 0; it belongs to the pair of networks.
+            temperature: τ > 0, finite, that softens both networks.
+            strategy: What records call this run.
+            **kwargs: Those of `Distillation`.
+        """
+        super().__init__(strategy=strategy, **kwargs)
+        check_range("alpha", alpha, low=0, including_low=True)
+        check_range("beta", beta, low=0, including_low=True)
+        check_range("temperature", temperature, low=0, high=1e6)
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+
+    def ramp(self) -> float:
+        """W = min((epoch + 1) / max(1, epochs / 12), 1)."""
+        return min((self.current_epoch + 1) / max(1, (self.trainer.max_epochs or 1) / 12), 1.0)
+
+    def losses(self, images: Tensor, labels: Tensor) -> Losses:
+        """CE + w·τ²·(α·TCKD + β·NCKD)."""
+        logits = self.network(images)
+        ce = cross_entropy(logits, labels)
+        parts = dkd_parts(logits, self.teacher_logits(images), labels, self.temperature)
+        tckd, nckd = (self.temperature**2 * part.mean() for part in parts)
+        loss = ce + self.ramp() * (self.alpha * tckd + self.beta * nckd)
+        return Losses(loss, {"ce": ce, "tckd": tckd, "nckd": nckd}, logits)

@@ -1,0 +1,98 @@
+"""FitNets: the first half of the student learns the teacher's features (hints), then the whole learns its answers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdq_lightning.data.images import Batch
+from kdq_lightning.losses import hint_loss
+from kdq_lightning.modules.classifier import Cycle, Losses, Strategy, check_range, one_cycle
+from kdq_lightning.modules.vanilla import VanillaKD
+from kdq_lightning.networks import stage2_features, stage2_modules
+
+
+class HintKD(VanillaKD):
+    """Trains in two stages (Romero et al. 2015, section 2.2).
+
+    Stage 1: ½·mean (r(F_S) - F_T)², F the features after the second stage (`layer2`) of both networks, r a 1x1
+    convolution with bias; the student up to there and r are trained. Stage 2: vanilla distillation, the optimizer's
+    momentum and the learning rate's cycle started afresh. r is no part of the exported student.
+    """
+
+    def __init__(self, hint_share: float = 0.2, strategy: Strategy = "hint", **kwargs: Any) -> None:
+        """Set the length of stage 1.
+
+        Args:
+            hint_share: Share of the training steps that stage 1 takes, between 0 and 1.
+            strategy: What records call this run.
+            **kwargs: Those of `VanillaKD`.
+        """
+        super().__init__(strategy=strategy, **kwargs)
+        check_range("hint_share", hint_share, low=0, high=0.99)
+        self.hint_share = hint_share
+        self.hint_steps = 0
+        self.regressor: nn.Conv2d | None = None
+
+    def setup(self, stage: str) -> None:
+        """Build r, whose widths the two networks' features give."""
+        super().setup(stage)
+        if self.teacher is not None and self.regressor is None:
+            probe = torch.zeros(1, 3, 32, 32)
+            channels = [_width(network, probe) for network in (self.network, self.teacher.network)]
+            self.regressor = nn.Conv2d(channels[0], channels[1], kernel_size=1)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make room for r, so that the checkpoint loads without the teacher's file."""
+        super().on_load_checkpoint(checkpoint)
+        outputs, inputs = checkpoint["state_dict"]["regressor.weight"].shape[:2]
+        self.regressor = nn.Conv2d(inputs, outputs, kernel_size=1)
+
+    def cycles(self, total: int) -> list[tuple[list[nn.Module], Cycle]]:
+        """Give the first half both cycles, r the first one and the rest the second one."""
+        self.hint_steps = min(max(round(self.hint_share * total), 1), total - 1)
+        first = one_cycle(self.hint_steps, self.warmup)
+        second = one_cycle(total - self.hint_steps, self.warmup, start=self.hint_steps)
+        assert self.regressor is not None, "built in setup"
+        return [
+            (stage2_modules(self.network), lambda step: first(step) + second(step)),
+            (self._rest(), second),
+            ([self.regressor], first),
+        ]
+
+    def _rest(self) -> list[nn.Module]:
+        half = stage2_modules(self.network)
+        return [child for child in self.network.children() if all(child is not module for module in half)]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Forget stage 1's momentum when stage 2 begins."""
+        if self.global_step == self.hint_steps:
+            self.trainer.optimizers[0].state.clear()
+
+    def losses(self, images: Tensor, labels: Tensor) -> Losses:
+        """The hint loss in stage 1, the vanilla loss in stage 2."""
+        assert (
+            self.teacher is not None and self.mean is not None and self.std is not None and self.regressor is not None
+        )
+        if self.global_step >= self.hint_steps:
+            losses = super().losses(images, labels)
+            return losses._replace(loss=losses.loss + self._zero([self.regressor]))
+        hint = hint_loss(
+            self.regressor(stage2_features(self.network, images)), self.teacher.features(images, self.mean, self.std)
+        )
+        return Losses(hint + self._zero(self._rest()), {"hint": hint}, None)
+
+    def _zero(self, unused: list[nn.Module]) -> Tensor | float:
+        """Return 0 that depends on every parameter of the modules: DDP waits for the gradient of each."""
+        if self.trainer.world_size == 1:
+            return 0.0
+        return sum((0 * parameter.sum() for module in unused for parameter in module.parameters()), torch.zeros(()))
+
+
+@torch.no_grad()
+def _width(network: nn.Module, images: Tensor) -> int:
+    """Return the channels after the second stage, leaving BatchNorm's statistics alone."""
+    training = network.training
+    width = stage2_features(network.eval(), images).shape[1]
+    network.train(training)
+    return width

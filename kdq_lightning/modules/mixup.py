@@ -1,0 +1,55 @@
+"""Mixup distillation (function matching): student and teacher see the same mixed images."""
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from kdq_lightning.losses import cross_entropy, kd_loss, mixup, partner
+from kdq_lightning.modules.classifier import Losses, Strategy, check_range
+from kdq_lightning.modules.distillation import Distillation
+
+
+class MixupKD(Distillation):
+    """Matches the teacher's function between the images (Beyer et al. 2022, section 3, function matching).
+
+    One λ ~ Beta(α, α) a step, x̃ = λx + (1 - λ)x_π for both networks, and
+    a·[λ·CE(y) + (1 - λ)·CE(y_π)] + (1 - a)·τ²·KL(f_T(x̃) ‖ f_S(x̃)).
+    """
+
+    def __init__(
+        self,
+        label_weight: float = 0.0,
+        temperature: float = 1.0,
+        mixup_alpha: float = 1.0,
+        strategy: Strategy = "mixup",
+        **kwargs: Any,
+    ) -> None:
+        """Set the three knobs.
+
+        Args:
+            label_weight: Weight a of the mixed cross-entropy, in [0, 1]; the teacher has 1 - a.
+            temperature: τ > 0 that softens both networks.
+            mixup_alpha: α > 0 of the Beta distribution that λ is drawn from.
+            strategy: What records call this run.
+            **kwargs: Those of `Distillation`.
+        """
+        super().__init__(strategy=strategy, **kwargs)
+        check_range("label_weight", label_weight, low=0, high=1, including_low=True)
+        check_range("temperature", temperature, low=0)
+        check_range("mixup_alpha", mixup_alpha, low=0)
+        self.label_weight, self.temperature, self.mixup_alpha = label_weight, temperature, mixup_alpha
+
+    def draw_lambda(self) -> float:
+        """Draw λ from (seed, epoch, step) alone: the same on every rank, and again after a resume."""
+        key = [self.trainer.datamodule.seed, self.current_epoch, self.global_step]  # type: ignore[attr-defined]
+        return float(np.random.default_rng(key).beta(self.mixup_alpha, self.mixup_alpha))
+
+    def losses(self, images: Tensor, labels: Tensor) -> Losses:
+        """Mix the batch, then a·CE + (1 - a)·KD on it."""
+        lam = self.draw_lambda()
+        mixed = mixup(images, lam)
+        logits = self.network(mixed)
+        ce = lam * cross_entropy(logits, labels) + (1 - lam) * cross_entropy(logits, partner(labels))
+        kd = kd_loss(logits, self.teacher_logits(mixed), self.temperature)
+        return Losses(self.label_weight * ce + (1 - self.label_weight) * kd, {"ce": ce, "kd": kd}, logits)
