@@ -255,7 +255,7 @@ def with_nan() -> nn.Module:
         (nn.Conv2d(3, 4, 3), [torch.zeros(0, 3, 8, 8)], {}, "no calibration images"),
         (nn.Conv2d(3, 4, 3), [torch.randn(2, 3, 8, 8), torch.randn(2, 3, 9, 9)], {}, "change their shape"),
         (nn.Conv2d(3, 4, 3), [torch.full((2, 3, 8, 8), torch.nan)], {}, "not finite"),
-        (with_nan(), [torch.randn(4, 3, 8, 8)], {}, "layer 1 is given activations that are not finite"),
+        (with_nan(), [torch.randn(4, 3, 8, 8)], {}, "layer 0 computes activations that are not finite"),
         (nn.ReLU(), [torch.randn(2, 3, 8, 8)], {}, "no Conv1d, Conv2d or Linear"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), Noisy()), [torch.randn(4, 3, 8, 8)], {}, "eval mode"),
         (nn.Sequential(Counting(), nn.Conv2d(3, 4, 3)), [torch.randn(4, 3, 8, 8)], {}, "changes 0.calls"),

@@ -121,7 +121,7 @@ class Walk:
                 if entry.name in self._repeated:
                     note = "called more than once: solved on its first call"
                     reports[i] = replace(entry, note="; ".join(filter(None, [entry.note, note])))
-            reports += [left_in_float(name, layers[name]) for name in layers.keys() - self.weights[0].keys()]
+            reports += [left_in_float(name, layer) for name, layer in layers.items() if name not in self.weights[0]]
 
     def _visit(self, name: str, layer: Layer, inputs: Tensor) -> Tensor:
         """Stand in for the forward of one layer on all streams."""
@@ -151,8 +151,25 @@ class Walk:
         start = time.perf_counter()
         calibration = self.calibration
         index = len(self.weights[0])
-        official = self.recipes[0].official
-        patches = Patches(layer, disjoint=official)
+        patches = Patches(layer, disjoint=self.recipes[0].official)
+        grams = self._collect(index, patches, streams)
+        gathering = time.perf_counter() - start
+        weight = columns(layer.weight, patches.groups).double()
+        for i, (recipe, gram) in enumerate(zip(self.recipes, grams, strict=True)):
+            start = time.perf_counter()
+            check_finite(name, gram)
+            noise: Tensor | float = 0.5
+            if recipe.stochastic:
+                noise = draw_uniform(calibration.seed, index, *weight.shape[1:]).to(weight.device)
+            solution = solve_by_shares(gram, weight, recipe, noise)
+            self._store(i, name, solution)
+            seconds = gathering + time.perf_counter() - start
+            self.reports[i].append(report(name, recipe, gram, solution, self.weights[i][name], seconds))
+        self.on_layer(name)
+
+    def _collect(self, index: int, patches: Patches, streams: Sequence[Tensor]) -> list[Gram]:
+        """Draw the patches of the layer of this index in execution order, and gather its Gram matrices."""
+        calibration, official = self.calibration, self.recipes[0].official
         per_image = len(streams[0]) // len(calibration.images)
         first = calibration.first * per_image
         positions = math.prod(patches.grid(streams[0]))
@@ -160,23 +177,7 @@ class Walk:
         samples = torch.arange(first, first + len(streams[0]))
         chosen = draw_positions(calibration.seed, index, samples, draws, positions, replacement=official)
         cross = [recipe.solver == "gpfq" for recipe in self.recipes]
-        grams = collect(patches, streams, chosen.to(streams[0].device), first_sample=first, cross=cross)
-        gathering = time.perf_counter() - start
-        weight = columns(layer.weight, patches.groups).double()
-        for i, (recipe, gram) in enumerate(zip(self.recipes, grams, strict=True)):
-            start = time.perf_counter()
-            if not bool(gram.A.diagonal(dim1=1, dim2=2).sum().isfinite() & gram.y_square.sum().isfinite()):
-                raise UserError(
-                    f"layer {name} is given activations that are not finite: check the weights and the images"
-                )
-            noise = (
-                draw_uniform(calibration.seed, index, *weight.shape[1:]).to(weight.device) if recipe.stochastic else 0.5
-            )
-            solution = solve_by_shares(gram, weight, recipe, noise)
-            self._store(i, name, solution)
-            seconds = gathering + time.perf_counter() - start
-            self.reports[i].append(report(name, recipe, gram, solution, self.weights[i][name], seconds))
-        self.on_layer(name)
+        return collect(patches, streams, chosen.to(streams[0].device), first_sample=first, cross=cross)
 
     def _draws(self, patches: Patches, positions: int, samples: int) -> int:
         """Return how many positions of each sample the layer is solved on."""
@@ -202,6 +203,13 @@ class Walk:
         if recipe.match_moments:
             shift = solution.bias_shift.flatten().to(layer.weight)
             layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
+
+
+def check_finite(name: str, gram: Gram) -> None:
+    """Refuse activations that are NaN or infinite, naming the layer where they are first seen."""
+    for verb, total in (("is given", gram.A.diagonal(dim1=1, dim2=2).sum()), ("computes", gram.y_square.sum())):
+        if not bool(total.isfinite()):
+            raise UserError(f"layer {name} {verb} activations that are not finite: check the network's weights")
 
 
 def solve_by_shares(gram: Gram, weight: Tensor, recipe: Recipe, noise: Tensor | float) -> Solution:
