@@ -19,6 +19,11 @@ BLOCK_IMAGES = 32  # blocks start at multiples of this, so shards cut there repe
 CHUNK_ROWS = 512
 
 
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    """Return the layers that can be quantized, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+
+
 @dataclass
 class Gram:
     """Sums over m rows of the float network's inputs X and a quantized network's inputs X̃ of one layer, for each group.

@@ -1,7 +1,8 @@
 """Quantize a network at all bit widths in one walk, or in as few as the memory allows."""
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.alphabet import QuantizedWeight
-from kdq_lightning.quantization.recipes import make_recipe
-from kdq_lightning.quantization.walk import Calibration, LayerReport, Walk, layers_of
+from kdq_lightning.quantization.gram import layers_of
+from kdq_lightning.quantization.probe import Profile, probe
+from kdq_lightning.quantization.recipes import Recipe, make_recipe
+from kdq_lightning.quantization.walk import Calibration, LayerReport, Walk
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,56 @@ def quantize(
         )
         for width in bits
     ]
+    if not recipes:
+        raise UserError("there is no bit width to quantize at: give bits such as (2, 4)")
     layers = layers_of(model)
     if not layers:
         raise UserError("the model has no Conv1d, Conv2d or Linear layer to quantize")
     calibration = gather_calibration(calibration_batches, next(iter(layers.values())).weight, seed)
-    walk = Walk(model, calibration, recipes, lambda name: None)
-    walk.run()
-    results = zip(recipes, walk.models, walk.reports, walk.weights, strict=True)
-    return {recipe.bits: Quantized(copy, reports, weights) for recipe, copy, reports, weights in results}
+    profile = probe(model, calibration.images)
+    if profile.channels_last:
+        images = calibration.images.contiguous(memory_format=torch.channels_last)
+        calibration = replace(calibration, images=images)
+    groups = split_by_memory(model, profile, recipes, calibration.share, max_memory_gb * 1e9)
+    total = len(profile.at_layer) * len(groups)
+    done = 0
+
+    def on_layer(name: str) -> None:
+        nonlocal done
+        done += 1
+        (progress or print_progress)(done, total, name)
+
+    results = {}
+    for group in groups:
+        walk = Walk(model, calibration, group, on_layer)
+        walk.run()
+        for i, recipe in enumerate(group):
+            results[recipe.bits] = Quantized(walk.models[i], walk.reports[i], walk.weights[i])
+    return results
+
+
+def split_by_memory(
+    model: nn.Module, profile: Profile, recipes: Sequence[Recipe], images: int, limit: float
+) -> list[list[Recipe]]:
+    """Split bit widths into groups that walk together within `limit` bytes, as few and as even as can be.
+
+    Raises:
+        UserError: If a single bit width takes more.
+    """
+    for size in range(len(recipes), 0, -1):
+        groups = [list(recipes[start : start + size]) for start in range(0, len(recipes), size)]
+        need = max(profile.walk_bytes(model, group, images) for group in groups)
+        if need <= limit:
+            return groups
+    gigabytes = f"{need / 1e9:.3g} GB"
+    raise UserError(f"one bit width takes {gigabytes} on {images} images: raise max_memory_gb, or give fewer images")
+
+
+def print_progress(done: int, total: int, name: str) -> None:
+    """Draw a bar over the layers where someone watches."""
+    if sys.stderr.isatty():
+        bar = "#" * (30 * done // total)
+        print(f"\rquantizing [{bar:<30}] {done}/{total} {name:<40}", end="\n" * (done == total), file=sys.stderr)
 
 
 def gather_calibration(batches: Iterable[Tensor], like: Tensor, seed: int) -> Calibration:
@@ -103,19 +148,19 @@ def gather_calibration(batches: Iterable[Tensor], like: Tensor, seed: int) -> Ca
         UserError: If there are none, their shapes differ, or they are not finite.
     """
     parts = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches]
-    if not sum(map(len, parts)):
+    if not sum(map(len, parts)) and not dist.is_initialized():
         raise UserError("there are no calibration images: give at least one batch")
     if len({part.shape[1:] for part in parts}) > 1:
         raise UserError(f"calibration batches change their shape: {sorted({tuple(part.shape[1:]) for part in parts})}")
     images = torch.cat(list(parts)).to(like)
     if not bool(images.isfinite().all()):
         raise UserError("the calibration images are not finite: they hold NaN or infinity")
-    if images.dim() == 4:
-        images = images.contiguous(memory_format=torch.channels_last)
     counts = [len(images)]
     if dist.is_initialized():
         sizes = [torch.zeros(1, dtype=torch.int64, device=like.device) for _ in range(dist.get_world_size())]
         dist.all_gather(sizes, torch.tensor(counts, device=like.device))
         counts = [int(size) for size in sizes]
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return Calibration(images, sum(counts[:rank]), sum(counts), seed)
+    if not min(counts):
+        raise UserError(f"process {counts.index(0)} has no calibration images: give every process a share")
+    return Calibration(images, sum(counts[:rank]), sum(counts), max(counts), seed)

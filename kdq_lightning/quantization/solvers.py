@@ -5,13 +5,14 @@ coordinate descent. All neurons and all candidate scales run through it at once.
 (groups, N, neurons), in float64; levels are in units of the scale.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdq_lightning.quantization.alphabet import THRESHOLD, Alphabet
-from kdq_lightning.quantization.gram import Gram
+from kdq_lightning.quantization.gram import Gram, Layer
 from kdq_lightning.quantization.recipes import Recipe
 
 BLOCK = 64  # columns whose feedback is applied at once
@@ -168,6 +169,15 @@ def match_moments(gram: Gram, levels: Tensor, scale: Tensor) -> tuple[Tensor, Te
     flat = q_variance <= 1e-7 * q_mean.square()
     ratio = torch.where(flat, 1.0, (y_variance.clamp(min=0) / torch.where(flat, 1.0, q_variance)).sqrt())
     return scale * ratio, y_mean - ratio * q_mean
+
+
+def working_bytes(layer: Layer, recipes: Sequence[Recipe]) -> int:
+    """Return the memory that the Gram matrices of one layer and its solver take at most, all recipes together."""
+    neurons, size = len(layer.weight), layer.weight[0].numel()
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    matrices = sum(2 if recipe.solver == "gpfq" else 1 for recipe in recipes) + 4
+    candidates = 2 * len(SCALE_FACTORS)
+    return 8 * size * (matrices * groups * size + 3 * candidates * neurons)
 
 
 def candidate_scales(weight: Tensor, recipe: Recipe) -> Tensor:

@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.alphabet import QuantizedWeight
 from kdq_lightning.quantization.draws import draw_positions, draw_uniform
-from kdq_lightning.quantization.gram import Gram, Layer, Patches, collect, columns
+from kdq_lightning.quantization.gram import Gram, Layer, Patches, collect, columns, layers_of
 from kdq_lightning.quantization.recipes import Recipe
 from kdq_lightning.quantization.solvers import Solution, solve
 
@@ -70,12 +70,14 @@ class Calibration:
         images: (images, ...), on the model's device.
         first: Index of the first of them in the whole calibration set.
         total: Size of the whole calibration set.
+        share: The most that any process has.
         seed: Of the patches drawn, and of stochastic rounding.
     """
 
     images: Tensor
     first: int
     total: int
+    share: int
     seed: int
 
 
@@ -103,26 +105,33 @@ class Walk:
         self._layers = [layers_of(model) for model in self.models]
         self.weights: list[dict[str, QuantizedWeight]] = [{} for _ in recipes]
         self.reports: list[list[LayerReport]] = [[] for _ in recipes]
-        self.repeated: set[str] = set()
+        self._repeated: set[str] = set()
         self._carrier = copy.deepcopy(model).eval()
 
     @torch.no_grad()
     def run(self) -> None:
-        """Walk."""
-        for name, layer in layers_of(self._carrier).items():
+        """Walk, and add the layers that were never reached to the reports."""
+        layers = layers_of(self._carrier)
+        for name, layer in layers.items():
             layer.forward = partial(self._visit, name, layer)  # type: ignore[method-assign]
         images = self.calibration.images
         self._carrier(images.repeat(1 + len(self.recipes), *[1] * (images.dim() - 1)))
+        for reports in self.reports:
+            for i, entry in enumerate(reports):
+                if entry.name in self._repeated:
+                    note = "called more than once: solved on its first call"
+                    reports[i] = replace(entry, note="; ".join(filter(None, [entry.note, note])))
+            reports += [left_in_float(name, layer) for name, layer in layers.items() if name not in self.weights[0]]
 
     def _visit(self, name: str, layer: Layer, inputs: Tensor) -> Tensor:
         """Stand in for the forward of one layer on all streams."""
         count = 1 + len(self.recipes)
         samples = len(inputs) // count
         if len(inputs) % count or samples % len(self.calibration.images):
-            raise UserError(f"layer {name} doesn't get the images along its first dimension, so it can't be calibrated")
+            raise UserError(f"layer {name} is not given the images along its first dimension: it can't be calibrated")
         streams = inputs.chunk(count)
         if name in self.weights[0]:
-            self.repeated.add(name)
+            self._repeated.add(name)
         else:
             self._solve(name, layer, streams)
         copies = [layer, *(layers[name] for layers in self._layers)]
@@ -142,8 +151,25 @@ class Walk:
         start = time.perf_counter()
         calibration = self.calibration
         index = len(self.weights[0])
-        official = self.recipes[0].official
-        patches = Patches(layer, disjoint=official)
+        patches = Patches(layer, disjoint=self.recipes[0].official)
+        grams = self._collect(index, patches, streams)
+        gathering = time.perf_counter() - start
+        weight = columns(layer.weight, patches.groups).double()
+        for i, (recipe, gram) in enumerate(zip(self.recipes, grams, strict=True)):
+            start = time.perf_counter()
+            check_finite(name, gram)
+            noise: Tensor | float = 0.5
+            if recipe.stochastic:
+                noise = draw_uniform(calibration.seed, index, *weight.shape[1:]).to(weight.device)
+            solution = solve_by_shares(gram, weight, recipe, noise)
+            self._store(i, name, solution)
+            seconds = gathering + time.perf_counter() - start
+            self.reports[i].append(report(name, recipe, gram, solution, self.weights[i][name], seconds))
+        self.on_layer(name)
+
+    def _collect(self, index: int, patches: Patches, streams: Sequence[Tensor]) -> list[Gram]:
+        """Draw the patches of the layer of this index in execution order, and gather its Gram matrices."""
+        calibration, official = self.calibration, self.recipes[0].official
         per_image = len(streams[0]) // len(calibration.images)
         first = calibration.first * per_image
         positions = math.prod(patches.grid(streams[0]))
@@ -151,23 +177,7 @@ class Walk:
         samples = torch.arange(first, first + len(streams[0]))
         chosen = draw_positions(calibration.seed, index, samples, draws, positions, replacement=official)
         cross = [recipe.solver == "gpfq" for recipe in self.recipes]
-        grams = collect(patches, streams, chosen.to(streams[0].device), first_sample=first, cross=cross)
-        gathering = time.perf_counter() - start
-        weight = columns(layer.weight, patches.groups).double()
-        for i, (recipe, gram) in enumerate(zip(self.recipes, grams, strict=True)):
-            start = time.perf_counter()
-            if not bool(gram.A.diagonal(dim1=1, dim2=2).sum().isfinite() & gram.y_square.sum().isfinite()):
-                raise UserError(
-                    f"layer {name} is given activations that are not finite: check the weights and the images"
-                )
-            noise = (
-                draw_uniform(calibration.seed, index, *weight.shape[1:]).to(weight.device) if recipe.stochastic else 0.5
-            )
-            solution = solve_by_shares(gram, weight, recipe, noise)
-            self._store(i, name, solution)
-            seconds = gathering + time.perf_counter() - start
-            self.reports[i].append(report(name, recipe, gram, solution, self.weights[i][name], seconds))
-        self.on_layer(name)
+        return collect(patches, streams, chosen.to(streams[0].device), first_sample=first, cross=cross)
 
     def _draws(self, patches: Patches, positions: int, samples: int) -> int:
         """Return how many positions of each sample the layer is solved on."""
@@ -195,9 +205,11 @@ class Walk:
             layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
 
 
-def layers_of(model: nn.Module) -> dict[str, Layer]:
-    """Return the layers that can be quantized, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+def check_finite(name: str, gram: Gram) -> None:
+    """Refuse activations that are NaN or infinite, naming the layer where they are first seen."""
+    for verb, total in (("is given", gram.A.diagonal(dim1=1, dim2=2).sum()), ("computes", gram.y_square.sum())):
+        if not bool(total.isfinite()):
+            raise UserError(f"layer {name} {verb} activations that are not finite: check the network's weights")
 
 
 def solve_by_shares(gram: Gram, weight: Tensor, recipe: Recipe, noise: Tensor | float) -> Solution:
@@ -238,8 +250,14 @@ def report(
         zeros=float((weight.grid[weight.codes.long()] == 0).float().mean()),
         packed_bytes=0,
         seconds=seconds,
-        note=f"few rows: {gram.rows} for {gram.A.shape[1]} columns" if few else "",
+        note=f"only {gram.rows} rows for {gram.A.shape[1]} columns" if few else "",
     )
+
+
+def left_in_float(name: str, layer: Layer) -> LayerReport:
+    """Describe a layer that the forward never called."""
+    size = sum(4 * parameter.numel() for parameter in layer.parameters())
+    return LayerReport(name, "", "", 0, 0, "", 0.0, 0.0, size, 0.0, "never reached: left in float")
 
 
 def _apply(layer: Layer, inputs: Tensor) -> Tensor:
