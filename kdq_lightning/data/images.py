@@ -31,7 +31,7 @@ class ImageSet(Dataset[Batch]):
 
     def __getitem__(self, index: Tensor) -> Batch:
         """Gather the images of these canonical indices, int64, (batch,)."""
-        return Batch(self.images[index], self.labels[index], index)
+        return Batch(self.images.index_select(0, index), self.labels[index], index)
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -19,8 +19,8 @@ def normalize(images: Tensor, mean: Statistics, std: Statistics) -> Tensor:
         std: Channel standard deviations of images in [0, 1].
     """
     scale = 1 / (255 * _channels(std, images))
-    offset = -_channels(mean, images) / _channels(std, images)
-    return torch.addcmul(offset, images.float(), scale)
+    shift = _channels(mean, images) / _channels(std, images)
+    return images.float().mul_(scale).sub_(shift)
 
 
 def renormalize(images: Tensor, mean: Statistics, std: Statistics, to_mean: Statistics, to_std: Statistics) -> Tensor:
