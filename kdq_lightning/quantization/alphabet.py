@@ -77,7 +77,10 @@ class Alphabet:
             threshold = hard_threshold(self.bits)
             steps = (values.abs() - threshold + noise).floor_().clamp_(0, 2 ** (self.bits - 1))
             return (steps + threshold) * values.sign() * (values.abs() > threshold)
-        return (values + (noise - self._offset)).floor_().add_(self._offset).clamp_(*self._range)
+        levels = (values + (noise - self._offset)).floor_()
+        if self._offset:
+            levels += self._offset
+        return levels.clamp_(*self._range)
 
     def encode(self, levels: Tensor) -> Tensor:
         """Return the int16 index in `grid` of each level."""

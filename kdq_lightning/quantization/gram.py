@@ -145,6 +145,7 @@ def collect(
     back = order.argsort()
     weight = columns(patches.layer.weight.detach(), patches.groups)[:, back]
     grams = [_empty(patches, weight, wanted) for wanted in cross]
+    ones = weight.new_ones(len(weight), 1, CHUNK_ROWS)
     for block in _blocks(len(positions), first_sample):
         x = _chunks(patches.rows(streams[0][block], positions[block]))
         y = [chunk @ weight for chunk in x]
@@ -156,7 +157,7 @@ def collect(
             quantized = _chunks(patches.rows(stream[block], positions[block]))
             for x_chunk, y_chunk, q_chunk in zip(x, y, quantized, strict=True):
                 gram.A += q_chunk.mT @ q_chunk
-                gram.x_sum += q_chunk.sum(1, keepdim=True)
+                gram.x_sum += ones[:, :, : q_chunk.shape[1]] @ q_chunk  # several times faster than sum(1)
                 if gram.B is None:
                     gram.BW += q_chunk.mT @ y_chunk
                 else:
