@@ -38,8 +38,9 @@ class RunFolder(Callback):
 
     def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Say that the weights are final: only such a version stands for its run."""
-        if trainer.is_global_zero and trainer.log_dir and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            Path(trainer.log_dir, FINISHED).touch()
+        folder = trainer.log_dir  # a collective call, so every rank makes it
+        if trainer.is_global_zero and folder and trainer.logger:
+            Path(folder, FINISHED).touch()
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing half-written."""
@@ -58,7 +59,11 @@ class WritePredictions(BasePredictionWriter):
         self.folder = folder
 
     def write_on_epoch_end(
-        self, trainer: LightningTrainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Any
+        self,
+        trainer: LightningTrainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
     ) -> None:
         """Collect the predictions of all ranks, by image, and write them in one piece."""
         rows = [

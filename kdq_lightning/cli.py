@@ -4,7 +4,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
@@ -13,20 +13,33 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from kdq_lightning.callbacks import RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.checkpoints import FINISHED, find_checkpoint, versions
 from kdq_lightning.dashboard import Dashboard
-from kdq_lightning.data.datamodules import (  # imported so that configs can name them without their module
-    CIFARDataModule,  # noqa: F401
-    DigitsDataModule,  # noqa: F401
-    ImageDataModule,
-    ImageFolderDataModule,  # noqa: F401
-)
+from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule, ImageDataModule, ImageFolderDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.modules.dkd import DecoupledKD  # noqa: F401
-from kdq_lightning.modules.dml import MutualLearning  # noqa: F401
-from kdq_lightning.modules.hint import HintKD  # noqa: F401
-from kdq_lightning.modules.mixup import MixupKD  # noqa: F401
-from kdq_lightning.modules.vanilla import VanillaKD  # noqa: F401
+from kdq_lightning.modules.dkd import DecoupledKD
+from kdq_lightning.modules.dml import MutualLearning
+from kdq_lightning.modules.hint import HintKD
+from kdq_lightning.modules.mixup import MixupKD
+from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.trainer import Trainer
+
+STRATEGIES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning)
+SOURCES = (CIFARDataModule, ImageFolderDataModule, DigitsDataModule)
+
+
+class Parser(LightningArgumentParser):
+    """Says in one line what is wrong with an option, where jsonargparse prints every option there is."""
+
+    NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the sentence and leave with 2."""
+        lines = [line.strip(" -") for line in message.splitlines()]
+        sentence = " ".join(line for line in lines if line and not line.startswith(self.NOISE))
+        for key, classes in (("model", STRATEGIES), ("data", SOURCES)):
+            if f'key "{key}"' in sentence and "Expected a dot import path" in sentence:
+                sentence += f"; known: {', '.join(known.__name__ for known in classes)}"
+        self.exit(2, f"kdq: {sentence} (options: {self.prog.replace(' [options]', '')} --help)\n")
 
 
 class CommandLine(LightningCLI):
@@ -73,7 +86,9 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         """Give the trainer its run folder, checkpoints and bars."""
         config = self._get(self.config_init, "trainer")
-        callbacks = [*(config.get("callbacks") or []), RichProgressBar(refresh_rate=20)]
+        callbacks = list(config.get("callbacks") or [])
+        if config.get("enable_progress_bar") is not False:
+            callbacks.append(RichProgressBar(refresh_rate=20))
         logger: Any = False
         if self.subcommand == "fit":
             logger = Dashboard(self.root, self.run_name) if config.get("logger") in (None, True) else config["logger"]
@@ -120,16 +135,30 @@ def main(args: ArgsType = None) -> int:
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            parser_class=Parser,
             parser_kwargs={"prog": "kdq", "default_env": True, "env_prefix": "KDQ"},
             args=args,
         )
-    except UserError as error:
-        print(f"kdq: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"kdq: {error.strerror or error}: {error.filename or 'a file'}", file=sys.stderr)
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        print(f"kdq: {sentence}", file=sys.stderr)
         return 1
     return 0
+
+
+def _sentence(error: BaseException | None) -> str | None:
+    """Return what to tell the user; jsonargparse wraps errors of constructors, so the causes are looked through."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return str(error)
+        if isinstance(error, OSError) and error.strerror:
+            return (
+                f"{error.strerror}: {error.filename or 'a file'}; nothing of this step was kept, mend it and try again"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _quiet() -> None:
@@ -140,9 +169,14 @@ def _quiet() -> None:
         ".*does not have many workers.*",  # the loader gathers whole batches from memory: workers would slow it down
         ".*sync_dist=True.*",  # what is logged is already summed over ranks
         ".*LeafSpec.*",
+        ".*args parameter is intended to run from within Python.*",  # tests and studies call main(args)
         ".*could not find the monitored key.*",  # a few-steps limit ends before the first validation
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
         ".*srun.*",
         ".*smaller than the logging interval.*",  # we log once an epoch
     ):
         warnings.filterwarnings("ignore", message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity
 
 from kdq_lightning.data.augmentation import augment, shrink
 from kdq_lightning.data.folders import class_folders, read_class_folders
@@ -109,7 +110,10 @@ class ImageDataModule(LightningDataModule):
         """
         if self._is_set_up:
             return
-        self.train_set, self.test_set = self.read()
+        try:
+            self.train_set, self.test_set = self.read()
+        except OSError as error:
+            raise UserError(f"the images of {self.dataset} can't be read ({error}): check their folder") from error
         total = len(self.train_set)
         count = round(self.val_size * total) if self.val_size < 1 else int(self.val_size)
         if not 0 <= count < total:
@@ -147,12 +151,14 @@ class ImageDataModule(LightningDataModule):
         """Return the loader of shuffled training batches; it resumes in the middle of an epoch.
 
         Raises:
-            UserError: If image sizes are to change over an unknown number of epochs.
+            UserError: If image sizes are to change over an unknown number of epochs, or the order is overruled.
         """
-        if self.image_sizes and self.trainer and (self.trainer.max_epochs or 0) < 1:
+        if self.trainer and self.image_sizes and (self.trainer.max_epochs or 0) < 1:
             raise UserError("image_sizes are spread over the run's epochs: give max_epochs instead of max_steps")
-        self._train_sampler = self._sampler(self.train_index, shuffle=True, drop_last=True)
-        return ResumableLoader(self.train_set, sampler=self._train_sampler, batch_size=None, collate_fn=_as_it_is)
+        if getattr(self.trainer, "overfit_batches", 0):  # set by Lightning, unknown to its type
+            raise UserError("overfit_batches would replace the order of the images: use limit_train_batches instead")
+        sampler = self._sampler(self.train_index, shuffle=True, drop_last=True)
+        return ResumableLoader(self.train_set, sampler=sampler, batch_size=None, collate_fn=_as_it_is)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of the validation images in canonical order."""
@@ -185,11 +191,8 @@ class ImageDataModule(LightningDataModule):
         """Turn uint8 images (batch, 3, h, w) into network inputs, float32."""
         return normalize(images, self.mean, self.std)
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Normalise a batch on its device; while training, augment it first."""
-        if not (self.trainer and self.trainer.training):
-            return batch._replace(images=self.normalize(batch.images))
-        epoch = self.trainer.current_epoch
+    def training_view(self, batch: Batch, epoch: int) -> Batch:
+        """Augment and normalise a batch of bytes: the view that training sees in this epoch."""
         red, green, blue = (round(255 * value) for value in self.mean)
         images = augment(
             batch.images,
@@ -202,10 +205,19 @@ class ImageDataModule(LightningDataModule):
             trivial_augment=self.trivial_augment,
             fill=(red, green, blue),
         )
-        images = self.normalize(images)
-        if self.image_sizes and self.trainer.max_epochs:
-            images = shrink(images, self.image_sizes[epoch * len(self.image_sizes) // self.trainer.max_epochs])
-        return batch._replace(images=images)
+        return batch._replace(images=self.normalize(images))
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Normalise a batch on its device; while training, augment it too, and shrink it if sizes grow over the run."""
+        if not (self.trainer and self.trainer.training):
+            return batch._replace(images=self.normalize(batch.images))
+        epoch, epochs = self.trainer.current_epoch, self.trainer.max_epochs
+        batch = self.training_view(batch, epoch)
+        if self.image_sizes and epochs:
+            batch = batch._replace(
+                images=shrink(batch.images, self.image_sizes[epoch * len(self.image_sizes) // epochs])
+            )
+        return batch
 
 
 def _as_it_is(batch: Any) -> Any:  # noqa: ANN401 - torch types collate_fn as if it always got lists
@@ -263,12 +275,13 @@ class CIFARDataModule(ImageDataModule):
         """
         if self._folders.is_dir():
             return
-        fetch = self.download or (self.root / self._archive.filename).is_file()
+        packed = self.root / self._archive.filename
         try:
-            self._archive(self.root, download=fetch)
+            fetch = self.download or check_integrity(packed, self._archive.tgz_md5)
+            self._archive(self.root, train=False, download=fetch)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"no {self.dataset} in {self.root} ({error}): put the official {self._archive.filename} or class "
+                f"no {self.dataset} in {self.root} ({error}): put the official {packed.name} or class "
                 f"folders {self._folders}/{{train,test}}/<class>/*.png there, or try configs/quickstart.yaml, whose "
                 "digits need no download"
             ) from error

@@ -83,6 +83,8 @@ class Classifier(LightningModule):
         self.mean: Statistics | None = None  # of the inputs that the network expects; known from setup on
         self.std: Statistics | None = None
         self._build_networks()
+        for module in self.networks().values():
+            module.to(memory_format=torch.channels_last)
         self.metrics = {name: build_metrics(num_classes) for name in self.networks()}
         self._registered_metrics = nn.ModuleList(self.metrics.values())  # so that they move with the module
         self.val_loss = MeanMetric()
@@ -213,7 +215,8 @@ class Classifier(LightningModule):
             return
         step = int(self.trainer.strategy.reduce(self._bad_step.double(), reduce_op="max"))
         if step >= 0:
-            checkpoint = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none yet"
+            saved = [getattr(keeper, "best_model_path", "") for keeper in self.trainer.checkpoint_callbacks]
+            checkpoint = next(filter(None, reversed(saved)), "none yet")
             raise UserError(
                 f"the loss is not finite since step {step}; last good checkpoint: {checkpoint}. Lower"
                 " --model.init_args.learning_rate, or look at the data, and go on with --ckpt_path last"

@@ -1,0 +1,134 @@
+"""The Trainer's step, data and logging included, against a bare PyTorch loop on one fixed batch."""
+
+import time
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+from torch import Tensor
+
+from kdq_lightning.bench.data import NoiseDataModule
+from kdq_lightning.bench.measure import hardware, print_table
+from kdq_lightning.losses import cross_entropy, kd_loss
+from kdq_lightning.modules.classifier import Classifier
+from kdq_lightning.modules.distillation import Teacher
+from kdq_lightning.modules.vanilla import VanillaKD
+from kdq_lightning.networks import build_network
+from kdq_lightning.trainer import Trainer, choose_precision
+
+WARMUP = 2  # steps that are not counted: memory is allocated, kernels are chosen
+
+
+class _Clock(Callback):
+    """Measures the steps after the warm-up."""
+
+    def on_train_batch_start(
+        self, trainer: LightningTrainer, module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        if batch_idx == WARMUP:
+            _wait(module.device)
+            self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: LightningTrainer, module: LightningModule) -> None:
+        _wait(module.device)
+        self.seconds = time.perf_counter() - self.started
+
+
+class _Student(VanillaKD):
+    """Distils from a network that was never saved."""
+
+    def __init__(self, teacher: Teacher | None, **kwargs: Any) -> None:
+        super().__init__(teacher="in memory", **kwargs)
+        self.teacher = teacher
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _trainer_seconds(module: Classifier, data: NoiseDataModule, steps: int) -> float:
+    """Return the seconds of `steps` Trainer steps, sanity checks and start-up apart."""
+    clock = _Clock()
+    trainer = Trainer(
+        max_epochs=1, limit_train_batches=WARMUP + steps, limit_val_batches=0, logger=False, devices=1,
+        enable_progress_bar=False, enable_checkpointing=False, callbacks=[clock],
+    )  # fmt: skip
+    module.print = lambda *_, **__: None  # type: ignore[method-assign]
+    trainer.fit(module, data)
+    return clock.seconds
+
+
+def _bare_seconds(network: torch.nn.Module, teacher: Teacher | None, batch: tuple[Tensor, Tensor], steps: int) -> float:
+    """Return the seconds of `steps` bare steps: (teacher's forward,) forward, loss, backward, optimizer."""
+    images, labels = batch
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    half = torch.autocast(images.device.type, torch.bfloat16, enabled=choose_precision() == "bf16-mixed")
+    started = 0.0
+    for step in range(WARMUP + steps):
+        if step == WARMUP:
+            _wait(images.device)
+            started = time.perf_counter()
+        with half:
+            logits = network(images)
+            loss = cross_entropy(logits, labels)
+            if teacher is not None:
+                with torch.no_grad():
+                    answers = teacher.network(images)
+                loss = 0.1 * loss + 0.9 * kd_loss(logits, answers, 4.0)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+    _wait(images.device)
+    return time.perf_counter() - started
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the benchmark's options."""
+    parser.add_argument("--network", type=str, default="resnet20", help="Network that is trained.")
+    parser.add_argument("--teacher_network", type=str, default="resnet56", help="Teacher of the distillation.")
+    parser.add_argument("--batch_size", type=int, default=256, help="Images a step.")
+    parser.add_argument("--steps", type=int, default=10, help="Steps of one measurement.")
+    parser.add_argument("--repeats", type=int, default=5, help="Measurements of each, in turns.")
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Print images/s of Trainer and bare loop, and return the figures."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layout = torch.channels_last
+    teacher = Teacher(build_network(args.teacher_network, 10).to(device), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    data = NoiseDataModule(
+        torch.randint(256, (args.batch_size * (WARMUP + args.steps), 3, 32, 32)).byte(), args.batch_size
+    )
+    teacher.mean, teacher.std = data.mean, data.std
+    batch = (
+        torch.randn(args.batch_size, 3, 32, 32, device=device).contiguous(memory_format=layout),
+        torch.randint(10, (args.batch_size,), device=device),
+    )
+    figures: dict[str, Any] = {"hardware": hardware(), "precision": choose_precision(), **args.as_dict()}
+    figures["seconds"] = {name: {"limit": [], "trainer": []} for name in ("control", "vanilla")}
+    for _ in range(args.repeats):
+        for name, seconds in figures["seconds"].items():
+            frozen = teacher if name == "vanilla" else None
+            bare = build_network(args.network, 10).to(device).to(memory_format=layout)
+            seconds["limit"].append(_bare_seconds(bare, frozen, batch, args.steps))
+            known = {"network": args.network, "num_classes": 10, "learning_rate": 0.1}
+            module = _Student(frozen, **known) if frozen else Classifier(**known)
+            seconds["trainer"].append(_trainer_seconds(module, data, args.steps))
+    print_table(
+        f"Training step, {args.network}, batch {args.batch_size}, {figures['precision']}, channels_last",
+        ["", "limit, images/s", "Trainer, images/s", "range", "efficiency"],
+        [_row(name, seconds, args.batch_size * args.steps, figures) for name, seconds in figures["seconds"].items()],
+    )
+    return figures
+
+
+def _row(name: str, seconds: dict[str, list[float]], images: int, figures: dict[str, Any]) -> list[str]:
+    """Return a table row, and note the efficiency: the median over the turns of limit / Trainer time."""
+    limit, actual = torch.tensor(seconds["limit"]), torch.tensor(seconds["trainer"])
+    figures[f"{name}_efficiency"] = efficiency = float((limit / actual).median())
+    fastest, slowest = images / float(actual.min()), images / float(actual.max())
+    rates = [f"{images / float(values.median()):.0f}" for values in (limit, actual)]
+    return [name, *rates, f"{slowest:.0f}-{fastest:.0f}", f"{efficiency:.3f}"]

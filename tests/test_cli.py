@@ -1,0 +1,237 @@
+"""The command line: every shipped config, run folders, resuming, and bad input."""
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kdq_lightning.cli import main
+from kdq_lightning.errors import UserError
+from kdq_lightning.networks import build_network
+from tests.conftest import CONFIGS, FEW_STEPS, config
+
+STRATEGIES = ["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml"]
+
+
+class StopAfterFirstEpoch(Callback):
+    """Breaks a run off when its second epoch begins."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise UserError("pulled the plug")
+
+
+class PoisonSecondEpoch(Callback):
+    """Makes a weight NaN when the second epoch begins."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            pl_module.network.conv1.weight.data[0] = float("nan")
+
+
+def fit(name: str, images: Path, *arguments: str) -> int:
+    few = [*FEW_STEPS, "--trainer.max_epochs=2", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    return main(["fit", "--config", config(name), f"--data.root={images}", *few, *arguments])
+
+
+@pytest.mark.parametrize(
+    "suffix", ["cpu", pytest.param("cifar10", marks=pytest.mark.slow), pytest.param("cifar100", marks=pytest.mark.slow)]
+)
+def test_every_config_trains(suffix: str, images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Teacher first; each student finds it under runs/, ends with a finished run folder and its tags."""
+    for strategy in STRATEGIES:
+        assert fit(f"{strategy}_{suffix}", images) == 0, strategy
+        version = workspace / "runs" / f"{strategy}_{suffix}" / "version_0"
+        files = {str(path.relative_to(version)) for path in version.rglob("*")}
+        assert {"finished", "config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= files
+        events = EventAccumulator(str(version)).Reload()
+        tags = set(events.Tags()["scalars"])
+        assert {"train/loss", "train/top1", "lr", "val/top1", "val/top5", "val/loss", "val/ece"} <= tags, strategy
+        assert ("val/agreement" in tags) == (strategy in ("vanilla", "mixup", "dkd", "hint"))
+        assert ("val/top1/peer1" in tags) == (strategy == "dml")
+        assert "epoch" not in tags and "hp_metric" not in tags
+        assert [event.step for event in events.Scalars("val/top1")] == [2, 4]
+        assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
+        checkpoint = torch.load(version / "checkpoints" / "best.ckpt", weights_only=True)
+        assert not any("teacher" in key for key in checkpoint["state_dict"])
+    assert "Warning" not in capsys.readouterr().err
+
+
+def test_the_command_of_the_readme(images: Path, workspace: Path):
+    """Mutual learning of two ResNet-18 on CIFAR-100, one step."""
+    assert fit("dml_cifar100", images, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1") == 0
+
+
+def test_every_config_is_there():
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    wanted = {f"{strategy}_{suffix}" for strategy in STRATEGIES for suffix in ("cpu", "cifar10", "cifar100")}
+    assert wanted | {"quickstart"} <= names
+
+
+def test_quickstart_then_test_and_predict(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Digits without a download; the best checkpoint beats chance by far after two epochs, and predicts every image."""
+    quick = ["--config", config("quickstart"), "--trainer.enable_progress_bar=false"]
+    assert main(["fit", *quick, "--trainer.max_epochs=3"]) == 0
+    assert main(["test", *quick, "--ckpt_path", "runs/quickstart"]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if "test/top1 " in line]
+    assert float(table[0].split("│")[2]) > 60
+    assert main(["predict", *quick, "--ckpt_path", "runs/quickstart"]) == 0
+    with (workspace / "runs/quickstart/version_0/predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["image"]) for row in rows] == list(range(len(rows))) and len(rows) > 300
+    assert all(0 <= int(row["top1"]) < 10 and 0 < float(row["probability"]) <= 1 for row in rows)
+    assert [path.name for path in (workspace / "runs").iterdir()] == ["quickstart"]
+    assert len(list((workspace / "runs/quickstart").iterdir())) == 1
+
+
+def test_student_outlives_its_teacher(images: Path, teacher_run: Path, workspace: Path):
+    """A student tests, and goes on from its weights, when the teacher's file is gone."""
+    shutil.copytree(teacher_run, "runs/teacher_cpu")
+    for strategy in ("vanilla", "hint"):
+        assert fit(f"{strategy}_cpu", images, "--model.init_args.network=resnet8") == 0
+    shutil.rmtree("runs/teacher_cpu")
+    for strategy in ("vanilla", "hint"):
+        arguments = [
+            "--config",
+            config(f"{strategy}_cpu"),
+            "--model.init_args.network=resnet8",
+            f"--data.root={images}",
+        ]
+        assert main(["test", *arguments, *FEW_STEPS, "--ckpt_path", f"runs/{strategy}_cpu"]) == 0
+    best = "runs/vanilla_cpu/version_0/checkpoints/best.ckpt"
+    arguments = ["--model.init_args.network=resnet8", f"--model.init_args.weights={best}", "--name=again"]
+    assert fit("control_cpu", images, *arguments) == 0
+
+
+def test_resume_goes_on_in_its_folder(images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Stopped after one of two epochs and resumed: the weights of the unbroken run, to the bit, in the same folder."""
+    small = "--model.init_args.network=resnet8"
+    assert fit("control_cpu", images, small) == 0
+    whole = torch.load("runs/control_cpu/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    shutil.rmtree("runs")
+    assert fit("control_cpu", images, small, "--trainer.callbacks+=tests.test_cli.StopAfterFirstEpoch") == 1
+    assert not Path("runs/control_cpu/version_0/finished").exists()
+    assert fit("control_cpu", images, small, "--ckpt_path=last") == 0
+    assert [path.name for path in Path("runs/control_cpu").iterdir()] == ["version_0"]
+    resumed = torch.load("runs/control_cpu/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert fit("control_cpu", images, small, "--ckpt_path=last") == 1
+    assert "finished" in capsys.readouterr().err
+
+
+def test_print_config_round_trip(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    for path in CONFIGS.glob("*_c*.yaml"):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", str(path), "--print_config"])
+        assert stop.value.code == 0
+        printed, shipped = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(path.read_text())
+        for key, value in shipped["model"]["init_args"].items():
+            assert printed["model"]["init_args"][key] == value
+
+
+BAD = [
+    (["--data.root=nowhere", "--data.download=false"], "quickstart"),
+    (["--model.init_args.network=resnet21"], "resnet20"),
+    (["--model.init_args.learning_rate=-1"], "learning_rate"),
+    (["--data.dataset=cifar11"], "cifar100"),
+    (["--trainer.max_epochs=-1"], "max_epochs"),
+    (["--ckpt_path=last"], "leave --ckpt_path away"),
+    (["--model.init_args.weights=nothing.ckpt"], "nothing.ckpt"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=[sentence for _, sentence in BAD])
+def test_bad_input(
+    arguments: list[str], sentence: str, images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One sentence, a code that is not 0, nothing left behind."""
+    assert failure(["fit", "--config", config("control_cpu"), f"--data.root={images}", *FEW_STEPS, *arguments]) != 0
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
+    assert not list(workspace.rglob("version_*"))
+
+
+BAD_TEACHERS = [
+    ([], "configs/teacher_cpu.yaml"),
+    (["--model.init_args.teacher=weights.safetensors"], "says nothing of itself"),
+    (["--model.init_args.teacher=broken.ckpt"], "truncated or foreign"),
+    (["--model.init_args.teacher={teacher}", "--model.init_args.teacher_network=resnet20"], "is a resnet8"),
+    (["--model.init_args.teacher={teacher}", "--data.dataset=cifar100"], "10 classes"),
+    (["--model.init_args.teacher={teacher}", "--model.init_args.temperature=0"], "temperature"),
+    (["--model.init_args.teacher={teacher}", "--model.init_args.label_weight=1.5"], "label_weight"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD_TEACHERS, ids=[sentence for _, sentence in BAD_TEACHERS])
+def test_bad_teacher(
+    arguments: list[str],
+    sentence: str,
+    images: Path,
+    teacher_run: Path,
+    workspace: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    Path("broken.ckpt").write_bytes((teacher_run / "version_0/checkpoints/best.ckpt").read_bytes()[:5000])
+    Path("weights.safetensors").write_bytes(b"")
+    arguments = [argument.format(teacher=teacher_run) for argument in arguments]
+    assert failure(["fit", "--config", config("vanilla_cpu"), f"--data.root={images}", *FEW_STEPS, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error and error.count("\n") == 1
+    assert not list(workspace.rglob("version_*"))
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_no_random_weights(command: str, images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    assert failure([command, "--config", config("control_cpu"), f"--data.root={images}"]) == 1
+    assert "needs trained weights" in capsys.readouterr().err
+
+
+def test_unknown_strategy(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    assert failure(["fit", "--model", "Distiller", "--data", "DigitsDataModule"]) != 0
+    error = capsys.readouterr().err
+    assert "VanillaKD" in error and "Traceback" not in error
+
+
+def test_nan_names_step_and_checkpoint(images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """A loss that explodes in the second epoch stops the run; the first epoch's checkpoint stays the last good one."""
+    arguments = ["--model.init_args.network=resnet8", "--trainer.callbacks+=tests.test_cli.PoisonSecondEpoch"]
+    assert fit("control_cpu", images, *arguments) == 1
+    error = capsys.readouterr().err
+    assert "not finite since step 2" in error and "version_0/checkpoints/last.ckpt" in error
+    state = torch.load("runs/control_cpu/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_folder_without_permission(images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    Path("runs").mkdir(mode=0o500)
+    assert fit("control_cpu", images, "--model.init_args.network=resnet8") == 1
+    assert "runs" in capsys.readouterr().err
+
+
+def test_plain_state_dict(images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """A state dict must say its network and statistics, by flags; then `--ckpt_path` may name it."""
+    from safetensors.torch import save_file
+
+    save_file(build_network("resnet8", 10).state_dict(), "weights.safetensors")
+    arguments = ["test", "--config", config("control_cpu"), f"--data.root={images}", *FEW_STEPS]
+    arguments += ["--model.init_args.network=resnet8", "--ckpt_path=weights.safetensors"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert all(name in error for name in ("network", "weights_mean", "weights_std"))
+    statistics = ["--model.init_args.weights_mean=[0.4,0.5,0.6]", "--model.init_args.weights_std=[0.2,0.2,0.3]"]
+    assert main([*arguments, *statistics]) == 0
+
+
+def failure(arguments: list[str]) -> int:
+    """Return the exit code of a command, whether it returns or exits."""
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)

@@ -1,0 +1,50 @@
+"""Benchmarks: calls take turns, the warm-up isn't counted, and the figures are each other's."""
+
+import time
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from kdq_lightning.bench import data
+from kdq_lightning.bench.measure import Timing, hardware, interleaved
+
+
+def test_functions_take_turns_after_a_warm_up():
+    calls = []
+
+    def slow_at_first():
+        time.sleep(0.3 if "slow" not in calls else 0.01)
+        calls.append("slow")
+
+    timings = interleaved({"slow": slow_at_first, "quick": lambda: calls.append("quick")}, repeats=3)
+    assert calls == ["slow", "quick"] * 4
+    slow, quick = timings["slow"], timings["quick"]
+    assert 0.01 <= slow.fastest <= slow.median <= slow.slowest < 0.3
+    assert slow.processor < slow.median  # sleeping is no work
+    assert quick.median < 0.01
+
+
+def test_hardware_is_one_line_with_versions():
+    assert torch.__version__ in hardware() and "lightning" in hardware() and "\n" not in hardware()
+
+
+def test_data_benchmark(capsys):
+    parser = ArgumentParser()
+    data.add_arguments(parser)
+    figures = data.run(parser.parse_args(["--batch_size=16", "--images=64", "--repeats=1"]))
+    assert "1 used" in figures["hardware"]
+    pil, ours = figures["pipelines"]["PIL: crop, flip"], figures["pipelines"]["ours: crop, flip"]
+    assert pil["ratio"] == 1
+    assert ours["ratio"] == pytest.approx(ours["images_per_second"] / pil["images_per_second"])
+    assert ours["slowest"] == ours["fastest"] == ours["images_per_second"]  # one repeat
+    printed = capsys.readouterr().out
+    assert "ours: crop, flip, cutout" in printed and f"{ours['ratio']:.1f}" in printed
+
+
+def test_benchmark_counts_the_images_that_were_read(monkeypatch):
+    timing = Timing(median=2.0, fastest=1.0, slowest=4.0, processor=2.0)
+    monkeypatch.setattr(data, "interleaved", lambda functions, repeats: dict.fromkeys(functions, timing))
+    figures = data.run(Namespace(batch_size=16, images=64, repeats=1))["pipelines"]
+    assert figures["PIL: crop, flip"] == {"images_per_second": 8, "slowest": 4, "fastest": 16, "ratio": 1}
+    assert figures["ours: crop, flip"]["ratio"] == 4

@@ -1,0 +1,209 @@
+"""LightningModules: what each strategy minimises, the teacher's rest, schedules, and clipping a peer at a time."""
+
+import copy
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdq_lightning.checkpoints import load_trained
+from kdq_lightning.data.datamodules import DigitsDataModule
+from kdq_lightning.errors import UserError
+from kdq_lightning.losses import cross_entropy, dkd_parts, hint_loss, kd_loss, mixup, mutual_loss, partner
+from kdq_lightning.modules.classifier import Classifier, one_cycle
+from kdq_lightning.modules.distillation import Distillation, Teacher
+from kdq_lightning.modules.dkd import DecoupledKD
+from kdq_lightning.modules.dml import MutualLearning
+from kdq_lightning.modules.hint import HintKD
+from kdq_lightning.modules.mixup import MixupKD
+from kdq_lightning.modules.vanilla import VanillaKD
+from kdq_lightning.networks import build_network, stage2_features
+from kdq_lightning.trainer import Trainer
+
+SMALL = {"network": "resnet8", "num_classes": 10}
+IMAGES, LABELS = torch.randn(6, 3, 16, 16), torch.tensor([0, 1, 2, 3, 4, 5])
+
+
+class RecordingTeacher(Teacher):
+    """Keeps what it is shown."""
+
+    def logits(self, images: Tensor, mean, std) -> Tensor:
+        self.seen = images
+        return super().logits(images, mean, std)
+
+
+def student(kind: type[Distillation], epoch: int = 0, step: int = 0, **arguments) -> Distillation:
+    """Return a student beside a teacher, at some epoch and step of a run of 24 epochs."""
+    torch.manual_seed(0)
+    module = kind(teacher="unused", **SMALL, **arguments)
+    module.mean, module.std = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+    module.teacher = RecordingTeacher(build_network("resnet14", 10), module.mean, module.std)
+    data = SimpleNamespace(seed=3, mean=module.mean, std=module.std)
+    loops = {"fit_loop": None, "world_size": 1, "max_epochs": 24, "current_epoch": epoch, "global_step": step}
+    module._trainer = SimpleNamespace(datamodule=data, **loops)
+    return module
+
+
+def answers(module: Distillation, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the student's and the teacher's logits, computed apart."""
+    with torch.no_grad():
+        return copy.deepcopy(module.network)(images), module.teacher.network(images)
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.1, 4.0), (0.7, 1.0), (0.0, math.inf)])
+def test_vanilla(weight: float, temperature: float):
+    module = student(VanillaKD, label_weight=weight, temperature=temperature)
+    z_s, z_t = answers(module, IMAGES)
+    expected = weight * cross_entropy(z_s, LABELS) + (1 - weight) * kd_loss(z_s, z_t, temperature)
+    torch.testing.assert_close(module.losses(IMAGES, LABELS).loss, expected)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_mixup_shows_both_networks_the_same_images(weight: float):
+    module = student(MixupKD, epoch=2, step=7, label_weight=weight, temperature=2.0)
+    shown = []
+    module.network.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    found = module.losses(IMAGES, LABELS)
+    assert shown[0] is module.teacher.seen
+    lam = float(np.random.default_rng([3, 2, 7]).beta(1.0, 1.0))
+    assert torch.equal(shown[0], mixup(IMAGES, lam)) and 0.01 < lam < 0.99
+    z_s, z_t = found.logits.detach(), module.teacher.network(shown[0])
+    ce = lam * cross_entropy(z_s, LABELS) + (1 - lam) * cross_entropy(z_s, partner(LABELS))
+    torch.testing.assert_close(found.loss.detach(), weight * ce + (1 - weight) * kd_loss(z_s, z_t, 2.0))
+
+
+def test_mixup_without_mixing_is_vanilla():
+    """λ = 1 gives plain distillation."""
+    mixed, plain = student(MixupKD, label_weight=0.1, temperature=4.0), student(VanillaKD)
+    mixed.draw_lambda = lambda: 1.0
+    torch.testing.assert_close(mixed.losses(IMAGES, LABELS).loss, plain.losses(IMAGES, LABELS).loss)
+
+
+def test_mixup_draws_anew_each_step():
+    draws = {student(MixupKD, epoch=epoch, step=step).draw_lambda() for epoch in range(4) for step in range(4)}
+    assert len(draws) == 16
+
+
+@pytest.mark.parametrize(("epoch", "ramp"), [(0, 0.5), (1, 1.0), (20, 1.0)])
+def test_dkd(epoch: int, ramp: float):
+    """The ramp counts epochs from 1 and ends after a twelfth of them."""
+    module = student(DecoupledKD, epoch=epoch, alpha=1.5, beta=6.0)
+    z_s, z_t = answers(module, IMAGES)
+    tckd, nckd = dkd_parts(z_s, z_t, LABELS, 4.0)
+    expected = cross_entropy(z_s, LABELS) + ramp * 16 * (1.5 * tckd + 6.0 * nckd).mean()
+    torch.testing.assert_close(module.losses(IMAGES, LABELS).loss, expected)
+
+
+def hinted(step: int) -> HintKD:
+    module = student(HintKD, step=step)
+    module.regressor = nn.Conv2d(32, 32, 1)
+    module.cycles(100)
+    return module
+
+
+def test_hint_stages():
+    """Stage 1 takes the first fifth of the steps and trains the first half; stage 2 is vanilla distillation."""
+    module = hinted(step=19)
+    expected = hint_loss(
+        module.regressor(stage2_features(copy.deepcopy(module.network), IMAGES)),
+        stage2_features(module.teacher.network, IMAGES),
+    )
+    found = module.losses(IMAGES, LABELS)
+    torch.testing.assert_close(found.loss, expected)
+    found.loss.backward()
+    trained = {name.split(".")[0] for name, value in module.network.named_parameters() if value.grad is not None}
+    assert trained == {"conv1", "bn1", "layer1", "layer2"}
+    assert module.regressor.weight.grad is not None
+    assert not any("regressor" in name for name in module.networks()["resnet8"].state_dict())
+    second = hinted(step=20).losses(IMAGES, LABELS)
+    assert set(second.parts) == {"ce", "kd"}
+
+
+def test_hint_learning_rates():
+    """Before the second stage the rest stands still; each stage has its own warm-up and ends at 0."""
+    (_, half), (rest_modules, rest), (_, regressor) = hinted(step=0).cycles(100)
+    assert [rest(step) for step in (0, 10, 19)] == [0, 0, 0]
+    assert half(4) == pytest.approx(5 / 6) and half(19) == pytest.approx(1 / 15)
+    assert half(20) == rest(20) == pytest.approx(1 / 21) and half(39) == rest(39) == pytest.approx(20 / 21)
+    assert regressor(20) == 0 and half(100) == 0
+    assert len(rest_modules) == 2
+
+
+def test_one_cycle_is_linear():
+    share = one_cycle(100, 0.25)
+    values = [share(step) for step in range(101)]
+    assert values.index(max(values)) in (24, 25) and values[0] == pytest.approx(1 / 26) and values[100] == 0
+    assert np.allclose(np.diff(values[:24], n=2), 0) and np.allclose(np.diff(values[26:], n=2), 0)
+
+
+def test_mutual_learning_sums_its_peers():
+    module = MutualLearning(networks=["resnet8", "resnet14", "resnet8"], num_classes=10)
+    found = module.losses(IMAGES, LABELS)
+    expected = mutual_loss(list(found.logits.detach()), LABELS)
+    torch.testing.assert_close(found.loss.detach(), torch.stack(expected).sum())
+    assert list(module.networks()) == ["peer0", "peer1", "peer2"]
+    with pytest.raises(UserError, match="2 networks"):
+        MutualLearning(networks=["resnet8"], num_classes=10)
+
+
+def test_mutual_learning_clips_a_peer_at_a_time():
+    module = MutualLearning(networks=["resnet8", "resnet8"], num_classes=10)
+    for peer, size in zip(module.peers, (100.0, 1e-3), strict=True):
+        for parameter in peer.parameters():
+            parameter.grad = torch.full_like(parameter, size)
+    module.configure_gradient_clipping(None, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
+    norms = [math.sqrt(sum(float(p.grad.square().sum()) for p in peer.parameters())) for peer in module.peers]
+    assert norms[0] == pytest.approx(1.0, rel=1e-3)
+    assert norms[1] == pytest.approx(1e-3 * math.sqrt(sum(p.numel() for p in module.peers[1].parameters())), rel=1e-3)
+
+
+def test_weight_decay_spares_batchnorm_and_biases():
+    module = Classifier(**SMALL)
+    module._trainer = SimpleNamespace(estimated_stepping_batches=10)
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in module.network.named_parameters():
+        assert (id(parameter) in decayed) == (name.endswith("weight") and "bn" not in name)
+
+
+@pytest.mark.parametrize("kind", [VanillaKD, MixupKD, DecoupledKD, HintKD])
+def test_teacher_rests(kind: type[Distillation], teacher_run: Path, workspace: Path):
+    """After a fit the teacher is in eval mode, not one of its tensors has changed, and no key of it was saved."""
+    module = kind(teacher=str(teacher_run), **SMALL)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=2, limit_train_batches=3, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    before = next(iter(load_trained(teacher_run).values())).state
+    trainer.fit(module, DigitsDataModule(batch_size=32))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0, "the schedule moves per step, and ends at 0"
+    network = module.teacher.network
+    assert not any(part.training for part in network.modules())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    trainer.save_checkpoint("student.ckpt")
+    checkpoint = torch.load("student.ckpt", weights_only=True)
+    assert len([key for key in checkpoint["state_dict"] if key.startswith("network.")]) == len(before)
+    assert all(key.startswith(("network.", "regressor.")) for key in checkpoint["state_dict"])
+    restored = kind.load_from_checkpoint("student.ckpt", teacher="gone", weights_only=True)
+    assert restored.strategy == module.strategy and restored.mean == module.mean
+    trained = module.network.state_dict()
+    assert all(torch.equal(trained[key], value) for key, value in restored.network.state_dict().items())
+
+
+def test_teacher_sees_its_own_statistics():
+    """Images of other statistics are normalised anew, never fed as they are."""
+    raw = torch.rand(4, 3, 16, 16)
+    data, own = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+
+    def normalised(mean, std):
+        return (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    teacher = Teacher(build_network("resnet8", 10), *own)
+    with torch.no_grad():
+        expected = teacher.network(normalised(*own))
+    torch.testing.assert_close(teacher.logits(normalised(*data), *data), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,81 @@
+"""Known errors of public code, put into ours one at a time: each must break a test."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LOSSES = "losses.py"
+MUTATIONS = {
+    "KD without τ²": (LOSSES, "return temperature**2 * F.kl_div", "return F.kl_div"),
+    "KD averaged over classes": (LOSSES, '"batchmean"', '"mean"'),
+    "KD reversed": (LOSSES, "F.kl_div(log_student, log_teacher", "F.kl_div(log_teacher, log_student"),
+    "half precision kept": (
+        LOSSES,
+        "return logits if logits.dtype == torch.float64 else logits.float()",
+        "return logits",
+    ),
+    "DKD without τ²": (LOSSES, "return temperature**2 * (alpha", "return 1 * (alpha"),
+    "DKD not renormalised": (LOSSES, "others.log_softmax(1)", "others - logits.logsumexp(1, keepdim=True)"),
+    "DKD averaged over classes": (LOSSES, "(others_t - others_s)).sum(1)", "(others_t - others_s)).mean(1)"),
+    "DKD without CE": ("modules/dkd.py", "loss = ce + self.ramp()", "loss = self.ramp()"),
+    "DKD counts epochs from 0": ("modules/dkd.py", "(self.current_epoch + 1)", "self.current_epoch"),
+    "mutual learning without stop-gradient": (LOSSES, "kd_loss(own, other.detach(), ", "kd_loss(own, other, "),
+    "mutual learning by squared error": (
+        LOSSES,
+        "kd_loss(own, other.detach(), temperature=1.0)",
+        "F.mse_loss(own.softmax(1), other.detach().softmax(1))",
+    ),
+    "mutual learning reversed": (LOSSES, "kd_loss(own, other.detach(), ", "kd_loss(other.detach(), own, "),
+    "mixup's teacher sees unmixed images": (
+        "modules/mixup.py",
+        "self.teacher_logits(mixed)",
+        "self.teacher_logits(images)",
+    ),
+    "mixup's λ the other way round": (
+        LOSSES,
+        "torch.lerp(partner(images), images",
+        "torch.lerp(images, partner(images)",
+    ),
+    "label weight the other way round": (
+        "modules/vanilla.py",
+        "self.label_weight * ce + (1 - self.label_weight) * kd",
+        "(1 - self.label_weight) * ce + self.label_weight * kd",
+    ),
+    "hint loss not halved": (LOSSES, "_exact(teacher_features)) / 2", "_exact(teacher_features))"),
+    "teacher in train mode": ("modules/distillation.py", "network.eval()", "network.train()"),
+    "teacher fed the student's statistics": (
+        "modules/distillation.py",
+        "self.network(renormalize(images, mean, std, self.mean, self.std))",
+        "self.network(images)",
+    ),
+    "schedule stepped by epoch": ("modules/classifier.py", '"interval": "step"', '"interval": "epoch"'),
+    "weight decay on BatchNorm": ("modules/classifier.py", "if decayed else 0.0", "if True else 0.0"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_error_breaks_a_test(name: str, tmp_path: Path):
+    file, right, wrong = MUTATIONS[name]
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".git", "runs", "data", "*cache*"))
+    shutil.copytree(ROOT / "kdq_lightning" / "data", tmp_path / "copy/kdq_lightning/data", dirs_exist_ok=True)
+    target = tmp_path / "copy" / "kdq_lightning" / file
+    code = target.read_text()
+    assert code.count(right) >= 1, f"{file} has changed: mend this mutation"
+    target.write_text(code.replace(right, wrong))
+    tests = ["tests/test_losses.py", "tests/test_modules.py"]
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
+        cwd=tmp_path / "copy",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "copy")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 1 and "failed" in found.stdout, found.stdout[-2000:]
