@@ -17,7 +17,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization.alphabet import CODEBOOKS, QuantizedWeight, grid
 from kdq_lightning.quantization.bitstream import pack_codes, packed_size, unpack_codes, word_layout
-from kdq_lightning.quantization.packing import load_packed, packed_bytes, read_metadata, save_packed
+from kdq_lightning.quantization.packing import is_packed, load_packed, packed_bytes, read_metadata, save_packed
 
 
 def random_weight(shape, codebook="int", bits=2, per_channel=True, seed=0) -> QuantizedWeight:
@@ -274,6 +274,14 @@ def assert_refused(path: Path, network: nn.Module, *words: str) -> None:
 def test_truncated(packed, kept):
     packed.write_bytes(packed.read_bytes()[:kept])
     assert_refused(packed, small_network(), "truncated")
+
+
+def test_packed_files_are_told_from_others(packed):
+    assert is_packed(packed) and not is_packed(packed.parent / "none")
+    safetensors.torch.save_file(small_network().state_dict(), packed, {"format": "pt"})
+    assert not is_packed(packed)
+    packed.write_bytes(b"{}")
+    assert not is_packed(packed)
 
 
 def test_no_file(tmp_path):

@@ -114,6 +114,15 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return _read(Path(path))[1]
 
 
+def is_packed(path: str | Path) -> bool:
+    """Tell a packed file from a plain state dict, by its header alone; False for what can't be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
 def packed_bytes(weight: QuantizedWeight) -> int:
     """Return the bytes that a layer's weight takes in a packed file: codes, scales, and its grid if that is stored."""
     numbers = weight.scale.numel() + sum(levels.numel() for levels in _grids_to_store(weight))
