@@ -6,7 +6,11 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-SUBJECTS = {"data": "images/s of loader and augmentation", "step": "images/s of the Trainer against a bare loop"}
+SUBJECTS = {
+    "data": "images/s of loader and augmentation",
+    "step": "images/s of the Trainer against a bare loop",
+    "quantization": "accuracy and seconds of GPFQ against the published code",
+}
 
 
 def main(args: list[str]) -> int:

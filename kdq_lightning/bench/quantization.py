@@ -1,0 +1,124 @@
+"""Quantize a trained CIFAR network: test accuracy against published GPFQ and rounding, seconds against the floor."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor
+
+from kdq_lightning.bench.measure import hardware, print_table
+from kdq_lightning.bench.quantization_accuracy import METHODS, Accuracy, Cost, measure_accuracy
+from kdq_lightning.bench.quantization_speed import Speed, measure_speed
+from kdq_lightning.checkpoints import load_trained
+from kdq_lightning.data.datamodules import CIFARDataModule
+from kdq_lightning.errors import UserError
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what network to quantize, on which data, and how often."""
+    parser.add_argument("--weights", type=Path, required=True, help="Run folder, checkpoint or plain state dict.")
+    parser.add_argument("--network", type=str | None, help="Name of a plain state dict's network.")
+    parser.add_argument("--mean", type=float, nargs=3, help="Channel means of a plain state dict's inputs.")
+    parser.add_argument("--std", type=float, nargs=3, help="Channel deviations of a plain state dict's inputs.")
+    parser.add_argument("--dataset", type=str, default="cifar10", help="cifar10 or cifar100.")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="Folder that holds the data.")
+    parser.add_argument("--bits", type=list[int], default=[2, 3, 4], help="Bit widths of the accuracies.")
+    parser.add_argument("--methods", type=list[str], default=list(METHODS), help=f"Some of {', '.join(METHODS)}.")
+    parser.add_argument("--images", type=int, default=512, help="Calibration images of a draw.")
+    parser.add_argument("--draws", type=int, default=5, help="Calibration draws; 0 leaves the accuracies out.")
+    parser.add_argument("--speed_images", type=int, default=128, help="Calibration images of the timings.")
+    parser.add_argument("--repeats", type=int, default=5, help="Repeats of the timings; 0 leaves them out.")
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Measure, print the tables, and return their figures.
+
+    Raises:
+        UserError: If the weights or the data can't be read, or a method is unknown.
+    """
+    unknown = set(args.methods) - METHODS.keys()
+    if unknown:
+        raise UserError(f"unknown method {min(unknown)!r}: choose from {', '.join(METHODS)}")
+    mean, std = (tuple(values) if values else None for values in (args.mean, args.std))
+    trained = next(iter(load_trained(args.weights, args.network, mean, std).values()))
+    data = CIFARDataModule(args.dataset, args.root, mean=trained.mean, std=trained.std)
+    data.setup()
+    model = trained.build()
+    figures: dict[str, Any] = {"network": trained.network, "dataset": args.dataset, "hardware": hardware()}
+    if args.draws:
+        draws = [_draw(data, args.images, seed) for seed in range(args.draws)]
+        methods = {name: METHODS[name] for name in args.methods}
+        test = data.test_set
+        accuracies, costs = measure_accuracy(model, draws, test.images, test.labels, data.normalize, args.bits, methods)
+        title = f"{trained.network}, {args.dataset}, {len(test)} test images, {args.images} calibration images"
+        print_accuracies(title, accuracies)
+        print_costs(f"{trained.network}, {len(args.bits)} bit widths together, a draw", costs)
+        figures |= {"accuracies": list(map(asdict, accuracies)), "costs": list(map(asdict, costs))}
+    if args.repeats:
+        speeds = measure_speed(model, data.normalize(_draw(data, args.speed_images, 0)), args.repeats)
+        print_speeds(f"{trained.network}, processor seconds on one thread, median of {args.repeats}", speeds)
+        figures["speeds"] = list(map(asdict, speeds))
+    return figures
+
+
+def _draw(data: CIFARDataModule, images: int, seed: int) -> Tensor:
+    """Draw calibration images, stratified, uint8 (images, 3, 32, 32)."""
+    data.split_seed = seed  # after setup it chooses calibration images alone
+    return data.calibration_images(images)[0]
+
+
+def print_accuracies(title: str, rows: Sequence[Accuracy]) -> None:
+    """Print the mean and the range of each method and bit width."""
+    header = ("method", "bits", "levels", "recipe", "packed kB", "top-1 %", "range", "to float")
+    network = rows[0].mean
+    print_table(
+        title,
+        header,
+        [
+            (
+                row.method,
+                str(row.bits),
+                str(row.levels or ""),
+                row.recipe,
+                f"{row.packed_bytes / 1000:.1f}",
+                f"{row.mean:.2f}",
+                f"{min(row.top1):.2f}-{max(row.top1):.2f}" if len(row.top1) > 1 else "",
+                f"{row.mean - network:+.2f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def print_costs(title: str, costs: Sequence[Cost]) -> None:
+    """Print seconds and memory of each method, the mean and the most over the draws."""
+    rows = []
+    for method in dict.fromkeys(cost.method for cost in costs):
+        own = [cost for cost in costs if cost.method == method]
+        seconds = sum(cost.seconds for cost in own) / len(own)
+        rows.append((method, f"{seconds:.1f}", f"{max(cost.peak_gb for cost in own):.2f}"))
+    print_table(title, ("method", "seconds", "peak GiB"), rows)
+
+
+def print_speeds(title: str, rows: Sequence[Speed]) -> None:
+    """Print each time, its ratio to its floor, and to the walk at one bit width on the same images and patches."""
+    by_case = {(row.what, row.patches, row.images, row.widths): row.seconds for row in rows}
+    print_table(
+        title,
+        ("what", "patches", "images", "widths", "seconds", "wall range", "x floor", "x one walk"),
+        [
+            (
+                row.what,
+                row.patches,
+                str(row.images),
+                str(row.widths),
+                f"{row.seconds:.2f}",
+                f"{row.fastest:.2f}-{row.slowest:.2f}",
+                f"{row.seconds / by_case['floor', row.patches, row.images, row.widths]:.2f}",
+                f"{row.seconds / by_case['walk', row.patches, row.images, 1]:.2f}",
+            )
+            for row in rows
+        ],
+    )

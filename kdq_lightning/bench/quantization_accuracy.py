@@ -1,0 +1,150 @@
+"""What quantized networks get right on the test images: methods, bit widths and calibration draws."""
+
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from kdq_lightning.quantization import Quantized, quantize
+from kdq_lightning.quantization.packing import save_packed
+
+BATCH = 256
+
+METHODS: dict[str, dict[str, Any]] = {
+    "official": {"mode": "official"},
+    "rounding": {"solver": "rounding", "codebook": "int", "scale": "channel", "refine": 0, "match_moments": False},
+    "default": {},
+}
+"""Arguments of `quantize`: the published recursion, plain rounding with the best scale a channel, and the defaults."""
+
+
+@dataclass
+class Accuracy:
+    """One method at one bit width.
+
+    Attributes:
+        method: One of `METHODS`; "float" for the network itself.
+        bits: Bit width.
+        levels: Number of values that a weight may take, the most of any layer; 0 for the float network.
+        recipe: Solver and codebook.
+        packed_bytes: Size of the packed file; for the float network of its plain safetensors file.
+        top1: Test accuracy of each calibration draw, percent.
+    """
+
+    method: str
+    bits: int
+    levels: int
+    recipe: str
+    packed_bytes: int
+    top1: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the draws, percent."""
+        return mean(self.top1)
+
+
+@dataclass
+class Cost:
+    """What one method took for all bit widths of one draw.
+
+    Attributes:
+        method: One of `METHODS`.
+        seconds: Wall time of `quantize`.
+        peak_gb: Most memory that the process held meanwhile, interpreter and data included, in units of 2^30 bytes.
+    """
+
+    method: str
+    seconds: float
+    peak_gb: float
+
+
+def measure_accuracy(
+    model: nn.Module,
+    draws: Sequence[Tensor],
+    test_images: Tensor,
+    test_labels: Tensor,
+    normalize: Callable[[Tensor], Tensor],
+    bits: Sequence[int],
+    methods: Mapping[str, Mapping[str, Any]] = METHODS,
+) -> tuple[list[Accuracy], list[Cost]]:
+    """Quantize a network with each method on each draw, and test it at each bit width.
+
+    Args:
+        model: The float network, in eval mode, on the device to use.
+        draws: Calibration images, uint8, (images, 3, h, w) each; the number of a draw seeds its patches, too.
+        test_images: uint8, (images, 3, h, w).
+        test_labels: (images,).
+        normalize: Turns uint8 images into the network's inputs.
+        bits: Bit widths.
+        methods: Arguments of `quantize` by name.
+
+    Returns:
+        Accuracies, the float network's first, and costs.
+    """
+
+    def score(network: nn.Module) -> float:
+        return top1(network, test_images, test_labels, normalize)
+
+    size = len(safetensors.torch.save(model.state_dict()))
+    rows = {("float", 32): Accuracy("float", 32, 0, "", size, [score(model)])}
+    costs = []
+    for method, arguments in methods.items():
+        for seed, images in enumerate(draws):
+            with peak_memory() as peak:
+                start = time.perf_counter()
+                results = quantize(model, map(normalize, torch.split(images, BATCH)), bits, seed=seed, **arguments)
+                costs.append(Cost(method, time.perf_counter() - start, 0.0))
+            costs[-1].peak_gb = peak()
+            for width, result in results.items():
+                row = rows.setdefault((method, width), _describe(method, width, result))
+                row.top1.append(score(result.model))
+    return list(rows.values()), costs
+
+
+@torch.inference_mode()
+def top1(model: nn.Module, images: Tensor, labels: Tensor, normalize: Callable[[Tensor], Tensor]) -> float:
+    """Return the accuracy in percent on uint8 images (images, 3, h, w)."""
+    device = next(model.parameters()).device
+    hits = 0
+    for batch, batch_labels in zip(torch.split(images, BATCH), torch.split(labels, BATCH), strict=True):
+        logits = model(normalize(batch.to(device)))
+        hits += int((logits.argmax(1).cpu() == batch_labels).sum())
+    return 100 * hits / len(labels)
+
+
+def _describe(method: str, bits: int, result: Quantized) -> Accuracy:
+    recipes = sorted({f"{layer.solver}/{layer.codebook}" for layer in result.layers if layer.codebook})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "packed.safetensors"
+        save_packed(file, result.model, result.weights, {})
+        packed_bytes = file.stat().st_size
+    return Accuracy(method, bits, max(layer.levels for layer in result.layers), " ".join(recipes), packed_bytes)
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], float]]:
+    """Yield a function that tells, after the block, the most memory the process held within it, in 2^30 bytes.
+
+    Only Linux lets a process forget its former peak; elsewhere the peak is that since its start.
+    """
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        reset.write_text("5")
+    except OSError:
+        unit = 1 if hasattr(resource, "RUSAGE_THREAD") else 1024  # kilobytes on Linux, bytes on macOS
+        yield lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit / 2**20
+        return
+    peak: list[float] = []
+    yield lambda: peak[0]
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    peak.append(int(line.split()[1]) / 2**20)

@@ -1,0 +1,135 @@
+"""How long a walk takes: against its floor (forwards and Gram products alone) and against the published recursion.
+
+All figures are processor seconds of one thread, measured in turn, so that what else runs on the machine hits all alike.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdq_lightning.bench.measure import Timing, interleaved
+from kdq_lightning.bench.published import quantize_published
+from kdq_lightning.quantization import LayerReport, quantize
+
+PLAIN: dict[str, Any] = {
+    "solver": "gpfq",
+    "codebook": "paper",
+    "scale": "layer",
+    "refine": 0,
+    "match_moments": False,
+}
+"""The recursion without the steps around it: arguments of `quantize`."""
+
+PATCHES: dict[str, dict[str, Any]] = {
+    "published": {"mode": "official"},
+    "all": {**PLAIN, "patch_fraction": 1.0},
+    "10 %": {**PLAIN, "patch_fraction": 0.1},
+}
+"""Arguments of `quantize` for the patches to solve on."""
+
+FORWARD_IMAGES = 64  # the fastest batch of a forward on a processor
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+
+
+@dataclass
+class Speed:
+    """One way of quantizing a network.
+
+    Attributes:
+        what: "walk", "floor" or "published" recursion.
+        patches: One of `PATCHES`.
+        images: Calibration images.
+        widths: Number of bit widths.
+        seconds: Processor time, median of the runs.
+        fastest: Wall time of the fastest run, seconds.
+        slowest: Wall time of the slowest run, seconds.
+    """
+
+    what: str
+    patches: str
+    images: int
+    widths: int
+    seconds: float
+    fastest: float
+    slowest: float
+
+
+def measure_speed(model: nn.Module, images: Tensor, repeats: int = 5) -> list[Speed]:
+    """Time the walk, its floor and the published recursion on the same images and patches.
+
+    Args:
+        model: In eval mode, on the CPU; of 2-D convolutions and linear layers.
+        images: Normalised calibration images, (images, 3, h, w).
+        repeats: Runs of each, one after the other in turn.
+    """
+    half = images[: len(images) // 2]
+    cases: list[tuple[tuple[str, str, int, int], Callable[[], object]]] = []
+    for patches, batch, widths in (
+        ("published", images, WIDTHS[2:3]),
+        ("all", images, WIDTHS[2:3]),
+        ("10 %", half, WIDTHS[2:3]),
+        ("10 %", images, WIDTHS[2:3]),
+        ("10 %", images, WIDTHS),
+    ):
+        case = (patches, len(batch), len(widths))
+        reports = quantize(model, [batch], widths[:1], **PATCHES[patches])[widths[0]].layers
+        cases.append((("floor", *case), floor(model, batch, reports, len(widths))))
+        cases.append((("walk", *case), partial(quantize, model, [batch], widths, **PATCHES[patches])))
+    cases.append((("published", "published", len(images), 1), partial(quantize_published, model, images, WIDTHS[2])))
+    with one_thread():
+        timings = interleaved({str(case): function for case, function in cases}, repeats)
+    return [Speed(*case, *_seconds(timings[str(case)])) for case, _ in cases]
+
+
+def floor(model: nn.Module, images: Tensor, layers: Sequence[LayerReport], widths: int) -> Callable[[], None]:
+    """Return what no walk can leave out: a forward for the float network and each bit width, and X̃ᵀX̃ and X̃ᵀX.
+
+    Args:
+        model: The network.
+        images: Its inputs.
+        layers: From them the rows that each layer is solved on.
+        widths: Number of bit widths.
+    """
+    shapes = [_input_shape(model.get_submodule(layer.name), layer.rows) for layer in layers]
+    inputs = {shape: torch.randn(2, *shape) for shape in set(shapes)}
+    batches = torch.split(images.contiguous(memory_format=torch.channels_last), FORWARD_IMAGES)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(1 + widths):
+            for batch in batches:
+                model(batch)
+        for shape in shapes:
+            x, x_quantized = inputs[shape]
+            for _ in range(widths):
+                torch.matmul(x_quantized.mT, x_quantized)
+                torch.matmul(x_quantized.mT, x)
+
+    return run
+
+
+def _input_shape(layer: nn.Module, rows: int) -> tuple[int, int, int]:
+    """Return (groups, rows, N)."""
+    assert isinstance(layer.weight, Tensor)
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    return groups, rows, layer.weight[0].numel()
+
+
+def _seconds(timing: Timing) -> tuple[float, float, float]:
+    return timing.processor, timing.fastest, timing.slowest
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread within the block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,34 @@
+"""Writing a file so that it is either there, whole, or not there at all."""
+
+import os
+import secrets
+from pathlib import Path
+
+from kdq_lightning.errors import UserError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` beside the old file and swap them at the end; missing folders are made.
+
+    Args:
+        path: The file; what it held before stays intact if anything fails, and nothing is left beside it.
+        content: All of its bytes.
+
+    Raises:
+        UserError: If the disk is full, the folder can't be written to, or the path is a folder.
+    """
+    # Not tempfile: its files are private to the user, and the mode would survive the swap.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path} could not be written ({reason}): free some space or choose another folder") from error

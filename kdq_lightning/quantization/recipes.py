@@ -1,0 +1,84 @@
+"""How a network is quantized at one bit width: the arguments of `quantize` with the best known in place of None."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kdq_lightning.errors import UserError
+from kdq_lightning.quantization.alphabet import Alphabet, grid
+
+SOLVERS = ("gpfq", "gptq", "lsq", "qronos", "rounding")
+SCALES = ("layer", "channel")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The steps that every layer of a network goes through.
+
+    Attributes:
+        bits: 1 to 8.
+        solver: One of `SOLVERS`.
+        codebook: One of `CODEBOOKS`.
+        scale: "layer", the published formula, or "channel", searched by the layer's error.
+        refine: Rounds of coordinate descent.
+        match_moments: Give each output channel the float network's mean and deviation.
+        patch_fraction: Least fraction of its patches that a layer is solved on.
+        stochastic: Round to floor or ceiling with probability by distance.
+        official: Follow the published code in patches and dead columns, too.
+    """
+
+    bits: int
+    solver: str = "lsq"
+    codebook: str = "int"
+    scale: str = "channel"
+    refine: int = 2
+    match_moments: bool = True
+    patch_fraction: float = 0.1
+    stochastic: bool = False
+    official: bool = False
+
+    @property
+    def alphabet(self) -> Alphabet:
+        """The levels and their rounding."""
+        return Alphabet(self.codebook, self.bits)
+
+
+def make_recipe(bits: int, mode: str | None, **given: Any) -> Recipe:  # noqa: ANN401
+    """Fill in what was not given and check the rest.
+
+    Raises:
+        UserError: If an argument is unknown, out of range, or set beside mode "official".
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if mode not in (None, "official"):
+        raise UserError(f"unknown mode {mode!r}: leave it out, or choose 'official'")
+    if mode and given.keys() - {"patch_fraction", "stochastic"}:
+        raise UserError(f"mode 'official' fixes {', '.join(sorted(given))}: leave one of them out")
+    recipe = replace(official_recipe(bits) if mode else best_recipe(bits), **given)
+    for name, choices in (("solver", SOLVERS), ("scale", SCALES)):
+        if getattr(recipe, name) not in choices:
+            raise UserError(f"unknown {name} {getattr(recipe, name)!r}: choose one of {', '.join(choices)}")
+    if recipe.refine < 0:
+        raise UserError(f"refine counts rounds of coordinate descent, got {recipe.refine}")
+    if not 0 < recipe.patch_fraction <= 1:
+        raise UserError(f"patch_fraction must be above 0 and at most 1, got {recipe.patch_fraction}")
+    grid(recipe.codebook, bits)
+    return recipe
+
+
+def best_recipe(bits: int) -> Recipe:
+    """Return the best known, chosen on held-out training images of three networks."""
+    return Recipe(bits, codebook="midrise" if bits <= 2 else "int")
+
+
+def official_recipe(bits: int) -> Recipe:
+    """Return the published recursion (Zhang, Zhou, Saab 2023, arXiv 2201.11113), its alphabet, scale and patches."""
+    return Recipe(
+        bits,
+        "gpfq",
+        "paper",
+        "layer",
+        refine=0,
+        match_moments=False,
+        patch_fraction=0.25,
+        official=True,
+    )

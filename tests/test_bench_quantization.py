@@ -1,0 +1,148 @@
+"""The quantization benchmark on small networks: figures are what they say, and its command prints and returns them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from safetensors.torch import save_file
+from torch import nn
+
+from kdq_lightning.bench import quantization
+from kdq_lightning.bench.quantization_accuracy import measure_accuracy, peak_memory, top1
+from kdq_lightning.bench.quantization_speed import floor, measure_speed
+from kdq_lightning.errors import UserError
+from kdq_lightning.networks import build_network
+from kdq_lightning.quantization import quantize
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 10, bias=False)).eval()
+
+
+def halves(images):
+    return images.float() / 255 - 0.5
+
+
+def pictures(count, side=12):
+    generator = torch.Generator().manual_seed(1)
+    colours = torch.randint(192, (count, 3, 1, 1), generator=generator)
+    return (colours + torch.randint(64, (count, 3, side, side), generator=generator)).to(torch.uint8)
+
+
+def test_top1_is_in_percent_and_counts_every_image():
+    network, images = small_network(), pictures(300)
+    labels = network(halves(images)).argmax(1)
+    assert top1(network, images, labels, halves) == 100
+    labels[[0, 255, 256]] += 1  # on both sides of the batches' border
+    assert top1(network, images, labels, halves) == 99
+
+
+def test_accuracies_are_those_of_the_quantized_networks():
+    network, images = small_network(), pictures(200)
+    labels = network(halves(images)).argmax(1)
+    draws = [images[:20], images[20:40]]
+    rows, costs = measure_accuracy(network, draws, images, labels, halves, (2, 8))
+    assert [(row.method, row.bits) for row in rows] == [
+        ("float", 32),
+        *((method, bits) for method in ("official", "rounding", "default") for bits in (2, 8)),
+    ]
+    assert rows[0].top1 == [100]
+    assert [len(row.top1) for row in rows[1:]] == [2] * 6
+    assert [(row.levels, row.recipe) for row in rows[1:5]] == [
+        (5, "gpfq/paper"),
+        (257, "gpfq/paper"),
+        (4, "rounding/int"),
+        (256, "rounding/int"),
+    ]
+    again = quantize(network, [halves(draws[1])], (2,), mode="official", seed=1)[2]
+    assert rows[1].top1[1] == top1(again.model, images, labels, halves)
+    assert rows[4].mean > 98  # plain rounding at 8 bits
+    assert [cost.method for cost in costs] == ["official"] * 2 + ["rounding"] * 2 + ["default"] * 2
+    assert all(cost.seconds > 0 and 0.05 < cost.peak_gb < 100 for cost in costs)
+
+
+def test_peak_memory_sees_what_was_freed_and_forgets_what_was_before():
+    with peak_memory() as before:
+        big = torch.ones(2**27)  # half a GiB
+        del big
+    with peak_memory() as after:
+        pass
+    assert before() == pytest.approx(after() + 0.5, abs=0.1)
+
+
+def test_floor_does_the_forwards_and_products_of_the_walk(monkeypatch):
+    network, images = small_network(), halves(pictures(70))
+    layers = quantize(network, [images], (3,), patch_fraction=0.5)[3].layers
+    forwards, products = [], []
+    network.register_forward_hook(lambda _, inputs, __: forwards.append(len(inputs[0])))
+    multiply = torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda a, b: (products.append((*a.shape, b.shape[-1])), multiply(a, b))[1])
+    floor(network, images, layers, widths=2)()
+    assert sum(forwards) == 3 * 70
+    assert [layer.rows for layer in layers] == [70 * 13, 70 * 5, 70]
+    assert products == [(1, 27, 910, 27)] * 4 + [(2, 18, 350, 18)] * 4 + [(1, 4, 70, 4)] * 4
+
+
+def test_speeds_of_every_case():
+    rows = measure_speed(small_network(), halves(pictures(8)), repeats=1)
+    cases = [(row.what, row.patches, row.images, row.widths) for row in rows]
+    assert cases == [
+        ("floor", "published", 8, 1),
+        ("walk", "published", 8, 1),
+        ("floor", "all", 8, 1),
+        ("walk", "all", 8, 1),
+        ("floor", "10 %", 4, 1),
+        ("walk", "10 %", 4, 1),
+        ("floor", "10 %", 8, 1),
+        ("walk", "10 %", 8, 1),
+        ("floor", "10 %", 8, 7),
+        ("walk", "10 %", 8, 7),
+        ("published", "published", 8, 1),
+    ]
+    assert all(row.seconds > 0 and 0 < row.fastest <= row.slowest for row in rows)
+
+
+class FewImages:
+    """A stand-in for the datamodule: 60 pictures."""
+
+    def __init__(self, dataset, root, mean, std):
+        self.test_set = type("Set", (), {"images": pictures(60, 32), "labels": torch.arange(60) % 10})
+        self.test_set.__len__ = lambda _: 60
+        self.test_set = self.test_set()
+
+    def setup(self):
+        pass
+
+    def normalize(self, images):
+        return halves(images)
+
+    def calibration_images(self, count):
+        return pictures(60, 32).roll(self.split_seed, 0)[:count], torch.arange(count)
+
+
+def parse(*words: str):
+    parser = ArgumentParser()
+    quantization.add_arguments(parser)
+    return parser.parse_args(list(words))
+
+
+def test_command(tmp_path: Path, monkeypatch, capsys):
+    save_file(build_network("resnet8", 10).state_dict(), tmp_path / "net.safetensors")
+    monkeypatch.setattr(quantization, "CIFARDataModule", FewImages)
+    monkeypatch.setenv("COLUMNS", "160")
+    plain = [f"--weights={tmp_path / 'net.safetensors'}", "--network=resnet8", "--mean", "0.5", "0.5", "0.5"]
+    args = parse(*plain, "--std", "1", "1", "1", "--images=8", "--draws=2", "--bits=[2]", "--repeats=0")
+    figures = quantization.run(args)
+    printed = capsys.readouterr().out
+    assert "official" in printed and "gpfq/paper" in printed and "peak GiB" in printed
+    assert json.loads(json.dumps(figures))["accuracies"][1]["method"] == "official"
+    assert "speeds" not in figures and len(figures["accuracies"][1]["top1"]) == 2
+
+
+def test_unknown_method_is_named():
+    with pytest.raises(UserError, match="unknown method 'magic'"):
+        quantization.run(parse("--weights=a", '--methods=["magic"]'))
