@@ -30,9 +30,9 @@ class Recipe:
     solver: str = "lsq"
     codebook: str = "int"
     scale: str = "channel"
-    refine: int = 2
+    refine: int = 6
     match_moments: bool = True
-    patch_fraction: float = 0.1
+    patch_fraction: float = 0.4
     stochastic: bool = False
     official: bool = False
 
