@@ -166,8 +166,8 @@ def test_sequences_and_tokens():
     """Conv1d, and a linear layer on (batch, tokens, features)."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv1d(4, 6, 3, padding=1), nn.ReLU(), Transpose(), nn.Linear(6, 5))
-    result = quantize(network, [torch.randn(20, 4, 9)], bits=(8,))[8]
-    assert [layer.rows for layer in result.layers] == [60, 40]
+    result = quantize(network, [torch.randn(20, 4, 9)], bits=(8,), patch_fraction=0.1)[8]
+    assert [layer.rows for layer in result.layers] == [60, 40]  # four a column, in whole draws of each sample
     assert all(layer.relative_error < 0.02 for layer in result.layers)
 
 
@@ -319,9 +319,9 @@ def _quantize_a_share(rank: int, world: int, path: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     torch.manual_seed(0)
     network = build_network("resnet8", 10)
-    images = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     share = images[:64] if rank == 0 else images[64:]  # unequal shares, cut where the blocks are
-    results = quantize(network, [share], bits=(2, 4))
+    results = quantize(network, [share], bits=(2,))
     torch.save({width: result.model.state_dict() for width, result in results.items()}, f"{path}.{rank}")
     torch.distributed.destroy_process_group()
 
@@ -331,8 +331,8 @@ def test_two_processes_equal_one(tmp_path):
     mp.spawn(_quantize_a_share, (2, path), nprocs=2)
     torch.manual_seed(0)
     network = build_network("resnet8", 10)
-    images = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    for width, result in quantize(network, [images], bits=(2, 4)).items():
+    images = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for width, result in quantize(network, [images], bits=(2,)).items():
         for rank in range(2):
             shared = torch.load(f"{path}.{rank}")[width]
             for key, value in result.model.state_dict().items():

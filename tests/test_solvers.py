@@ -92,7 +92,7 @@ def test_gpfq_is_the_recursion_on_the_data(data, official):
 
 def test_coordinate_descent_is_one_sweep_then_the_best_scale(data):
     x, x_quantized, weight = data
-    recipe, scale = Recipe(2, codebook="midrise"), torch.full((1, 1, NEURONS), 0.7, dtype=torch.float64)
+    recipe, scale = Recipe(2, codebook="midrise", refine=1), torch.full((1, 1, NEURONS), 0.7, dtype=torch.float64)
     gram, start = gram_of(*data), Alphabet("midrise", 2).round(weight / 0.7)
     levels, refitted = coordinate_descent(gram, start[None], scale, recipe)
     codes, target = start.clone(), x @ weight
@@ -111,7 +111,7 @@ def test_one_scale_a_layer_is_refitted_over_the_layer(data):
     x, x_quantized, weight = data
     scale = torch.full((1, 1, NEURONS), 0.7, dtype=torch.float64)
     start = Alphabet("int", 3).round(weight / 0.7)[None]
-    levels, refitted = coordinate_descent(gram_of(*data), start, scale, Recipe(3, scale="layer"))
+    levels, refitted = coordinate_descent(gram_of(*data), start, scale, Recipe(3, scale="layer", refine=1))
     y_hat = x_quantized @ levels[0]
     expected = ((x @ weight) * y_hat).sum() / y_hat.square().sum()
     torch.testing.assert_close(refitted, expected.expand(1, 1, NEURONS))

@@ -2,10 +2,9 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +23,13 @@ class Profile:
     """Memory of one forward of the float network, in bytes an image.
 
     Attributes:
+        image: The image itself.
         peak: The most that lives at a time.
         at_layer: What lives while each layer is solved, by name.
         channels_last: Whether the network runs on activations in that format, in which patches are gathered faster.
     """
 
+    image: int
     peak: float
     at_layer: dict[str, float]
     channels_last: bool
@@ -38,7 +39,7 @@ class Profile:
         layers = layers_of(model)
         stacked = images * (1 + len(recipes))
         solving = (live * stacked + working_bytes(layers[name], recipes) for name, live in self.at_layer.items())
-        return max(self.peak * stacked, *solving)
+        return stacked * self.image + max(self.peak * stacked, *solving)
 
 
 def probe(model: nn.Module, images: Tensor) -> Profile:
@@ -70,7 +71,8 @@ def _probe(model: nn.Module, pair: Tensor, *, channels_last: bool) -> Profile:
         raise UserError("the model gives other outputs for the same images in eval mode: make it deterministic")
     if not all(_close(whole[: len(part)], part) for whole, part in zip(both, alone, strict=True)):
         raise UserError("the model mixes the images of a batch in eval mode: it can't be calibrated image by image")
-    return Profile(meter.peak / 2, {name: live / 2 for name, live in meter.live_at.items()}, channels_last)
+    image = pair[0].numel() * pair.element_size()
+    return Profile(image, meter.peak / 2, {name: live / 2 for name, live in meter.live_at.items()}, channels_last)
 
 
 def _tensors(outputs: object) -> list[Tensor]:
@@ -98,7 +100,13 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_at: dict[str, int] = {}
         self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         outputs = func(*args, **(kwargs or {}))
         for tensor in _tensors(outputs):
             storage = tensor.untyped_storage()

@@ -30,9 +30,9 @@ class Recipe:
     solver: str = "lsq"
     codebook: str = "int"
     scale: str = "channel"
-    refine: int = 2
+    refine: int = 6
     match_moments: bool = True
-    patch_fraction: float = 0.1
+    patch_fraction: float = 0.4
     stochastic: bool = False
     official: bool = False
 
@@ -42,18 +42,18 @@ class Recipe:
         return Alphabet(self.codebook, self.bits)
 
 
-def make_recipe(bits: int, mode: str | None, **given: Any) -> Recipe:  # noqa: ANN401
+def make_recipe(bits: int, mode: str | None, **given: str | float | None) -> Recipe:
     """Fill in what was not given and check the rest.
 
     Raises:
         UserError: If an argument is unknown, out of range, or set beside mode "official".
     """
-    given = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if mode not in (None, "official"):
         raise UserError(f"unknown mode {mode!r}: leave it out, or choose 'official'")
-    if mode and given.keys() - {"patch_fraction", "stochastic"}:
-        raise UserError(f"mode 'official' fixes {', '.join(sorted(given))}: leave one of them out")
-    recipe = replace(official_recipe(bits) if mode else best_recipe(bits), **given)
+    if mode and changes.keys() - {"patch_fraction", "stochastic"}:
+        raise UserError(f"mode 'official' fixes {', '.join(sorted(changes))}: leave one of them out")
+    recipe = replace(official_recipe(bits) if mode else best_recipe(bits), **changes)
     for name, choices in (("solver", SOLVERS), ("scale", SCALES)):
         if getattr(recipe, name) not in choices:
             raise UserError(f"unknown {name} {getattr(recipe, name)!r}: choose one of {', '.join(choices)}")

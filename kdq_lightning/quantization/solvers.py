@@ -51,8 +51,7 @@ def solve(gram: Gram, weight: Tensor, recipe: Recipe, *, noise: Tensor | float =
     candidates = candidate_scales(weight, recipe)
     targets, coupling = recursion(gram, weight, recipe)
     levels, scale = _best(gram, targets, coupling, candidates, recipe, noise)
-    for _ in range(recipe.refine):
-        levels, scale = coordinate_descent(gram, levels, scale, recipe)
+    levels, scale = coordinate_descent(gram, levels, scale, recipe)
     shift = torch.zeros_like(scale)
     if recipe.match_moments:
         scale, shift = match_moments(gram, levels, scale)
@@ -134,25 +133,31 @@ def _columns(block: Tensor) -> Sequence[Tensor]:
 
 
 def coordinate_descent(gram: Gram, levels: Tensor, scale: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Improve codes c of weights s·c on |Xw - X̃sc|²: one sweep over the columns, then the best scale for the codes.
+    """Improve the codes c of weights s·c on |Xw - X̃sc|², in rounds of a sweep and the best scale for its codes.
 
     c_t <- Q(((Bw)_t/s - Σ_{r≠t} A_tr c_r)/A_tt): the recursion again, the columns still to come at their old levels.
     s <- cᵀBw / cᵀAc, summed over the layer if the scale is the layer's; kept where that is not a number, or not
     positive in a codebook other than `signed`.
     """
+    if not recipe.refine:
+        return levels, scale
     diagonal = gram.A.diagonal(dim1=1, dim2=2).unsqueeze(2)
     alive = diagonal > 0
     divisor = torch.where(alive, diagonal, 1.0)
     upper = gram.A.triu(1)
-    targets = (gram.BW / scale - upper @ levels) / divisor
-    targets = torch.where(alive, targets, levels)
-    levels = greedy(targets, upper / divisor.mT, recipe.alphabet)
-    overlap = (levels * gram.BW).sum(1, keepdim=True)
-    energy = (levels * (gram.A @ levels)).sum(1, keepdim=True)
-    if recipe.scale == "layer":
-        overlap, energy = overlap.sum().expand_as(overlap), energy.sum().expand_as(energy)
-    keep = (energy <= 0) | ((overlap <= 0) & (recipe.codebook != "signed")) | (overlap == 0)
-    return levels, torch.where(keep, scale, overlap / torch.where(keep, 1.0, energy))
+    feedback = upper / divisor.mT
+    ahead = upper @ levels
+    for _ in range(recipe.refine):
+        targets = torch.where(alive, (gram.BW / scale - ahead) / divisor, levels)
+        levels = greedy(targets, feedback, recipe.alphabet)
+        ahead = upper @ levels
+        overlap = (levels * gram.BW).sum(1, keepdim=True)
+        energy = (levels * (2 * ahead + diagonal * levels)).sum(1, keepdim=True)
+        if recipe.scale == "layer":
+            overlap, energy = overlap.sum().expand_as(overlap), energy.sum().expand_as(energy)
+        keep = (energy <= 0) | (overlap == 0) | ((overlap < 0) & (recipe.codebook != "signed"))
+        scale = torch.where(keep, scale, overlap / torch.where(keep, 1.0, energy))
+    return levels, scale
 
 
 def match_moments(gram: Gram, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
