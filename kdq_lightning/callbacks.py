@@ -1,6 +1,7 @@
 """What happens around training: the run folder's state, a line an epoch, predictions on disk."""
 
 import csv
+import io
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
 from kdq_lightning.checkpoints import FINISHED
+from kdq_lightning.files import write_atomically
 
 
 def checkpoint_callbacks() -> list[ModelCheckpoint]:
@@ -74,12 +76,10 @@ class WritePredictions(BasePredictionWriter):
             torch.distributed.all_gather_object(shards, rows)
             rows = [row for shard in shards for row in shard]
         if trainer.is_global_zero:
-            folder = self.folder()
-            folder.mkdir(parents=True, exist_ok=True)
-            draft = folder / "predictions.csv.part"
-            with draft.open("w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["image", "top1", "probability"])
-                writer.writerows((image, top1, f"{p:.6f}") for image, top1, p in sorted(rows))
-            draft.replace(folder / "predictions.csv")
-            trainer.print(f"{len(rows)} predictions in {folder / 'predictions.csv'}")
+            table = io.StringIO(newline="")
+            writer = csv.writer(table)
+            writer.writerow(["image", "top1", "probability"])
+            writer.writerows((image, top1, f"{p:.6f}") for image, top1, p in sorted(rows))
+            path = self.folder() / "predictions.csv"
+            write_atomically(path, table.getvalue().encode())
+            trainer.print(f"{len(rows)} predictions in {path}")

@@ -204,6 +204,7 @@ def _quiet() -> None:
         ".*could not find the monitored key.*",  # a few-steps limit ends before the first validation
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
         ".*srun.*",
+        ".*infer the batch indices.*",  # each batch carries its own
         ".*smaller than the logging interval.*",  # we log once an epoch
     ):
         warnings.filterwarnings("ignore", message)

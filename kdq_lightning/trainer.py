@@ -1,12 +1,14 @@
 """Lightning's Trainer with this project's defaults: a precision that the hardware has, checkpoints written whole."""
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Trainer as LightningTrainer
+
+from kdq_lightning.files import write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -19,21 +21,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write the file.
 
         Raises:
-            OSError: If the disk is full or the folder can't be written; the draft is taken away.
+            UserError: If the disk is full or the folder can't be written to.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.part")
-        try:
-            with draft.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        finally:
-            draft.unlink(missing_ok=True)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_atomically(Path(path), content.getvalue())
 
 
 class Trainer(LightningTrainer):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
-from kdq_lightning.quantization import quantize
+from kdq_lightning.quantization import load_packed, quantize
 
 PLAIN = {"solver": "gpfq", "codebook": "paper", "scale": "layer", "refine": 0, "match_moments": False}
 
@@ -132,6 +132,16 @@ def test_model_holds_the_weights_of_its_codes(network, images):
             assert weight.codes.dtype == torch.int16
             assert weight.codes.min() >= 0 and weight.codes.max() < len(weight.grid) <= 2**width
             assert isinstance(layer.bias, nn.Parameter)
+
+
+def test_saved_network_loads_to_the_bit(network, images, tmp_path):
+    result = quantize(network, [images], bits=(2,))[2]
+    result.save(tmp_path / "network.safetensors", {"network": "branching"})
+    loaded = load_packed(tmp_path / "network.safetensors", Branching().eval())
+    with torch.no_grad():
+        assert torch.equal(loaded(images), result.model(images))
+    layer = result.layers[0]  # stem: 216 codes of two bits, 8 scales, 8 biases gained
+    assert layer.packed_bytes == 216 * 2 // 8 + 4 * (8 + 8)
 
 
 def test_quantized_stream_is_the_quantized_network(network, images):

@@ -1,10 +1,12 @@
 """The Trainer's own parts: precision, and checkpoints that are written whole or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from kdq_lightning.errors import UserError
 from kdq_lightning.trainer import AtomicCheckpointIO, choose_precision
 
 
@@ -23,12 +25,11 @@ def test_a_broken_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     path = tmp_path / "checkpoints" / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
 
-    def full(checkpoint, file):
-        file.write(b"half of it")
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space"):
         AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert list(path.parent.iterdir()) == [path]

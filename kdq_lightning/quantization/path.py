@@ -1,8 +1,9 @@
 """Quantize a network at all bit widths in one walk, or in as few as the memory allows."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.alphabet import QuantizedWeight
 from kdq_lightning.quantization.gram import layers_of
+from kdq_lightning.quantization.packing import save_packed
 from kdq_lightning.quantization.probe import Profile, probe
 from kdq_lightning.quantization.recipes import Recipe, make_recipe
 from kdq_lightning.quantization.walk import Calibration, LayerReport, Walk
@@ -29,6 +31,14 @@ class Quantized:
     model: nn.Module
     layers: list[LayerReport]
     weights: dict[str, QuantizedWeight]
+
+    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the packed file: all that inference needs, and `metadata` for whoever reads it.
+
+        Raises:
+            UserError: If the file can't be written, or the model's weights have changed since.
+        """
+        save_packed(path, self.model, self.weights, metadata or {})
 
 
 def quantize(

@@ -23,6 +23,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.alphabet import QuantizedWeight
 from kdq_lightning.quantization.draws import draw_positions, draw_uniform
 from kdq_lightning.quantization.gram import Gram, Layer, Patches, collect, columns, layers_of
+from kdq_lightning.quantization.packing import packed_bytes
 from kdq_lightning.quantization.recipes import Recipe
 from kdq_lightning.quantization.solvers import Solution, solve
 
@@ -164,7 +165,9 @@ class Walk:
             solution = solve_by_shares(gram, weight, recipe, noise)
             self._store(i, name, solution)
             seconds = gathering + time.perf_counter() - start
-            self.reports[i].append(report(name, recipe, gram, solution, self.weights[i][name], seconds))
+            self.reports[i].append(
+                report(name, recipe, gram, solution, self.weights[i][name], self._layers[i][name], seconds)
+            )
         self.on_layer(name)
 
     def _collect(self, index: int, patches: Patches, streams: Sequence[Tensor]) -> list[Gram]:
@@ -234,7 +237,7 @@ def solve_by_shares(gram: Gram, weight: Tensor, recipe: Recipe, noise: Tensor | 
 
 
 def report(
-    name: str, recipe: Recipe, gram: Gram, solution: Solution, weight: QuantizedWeight, seconds: float
+    name: str, recipe: Recipe, gram: Gram, solution: Solution, weight: QuantizedWeight, layer: Layer, seconds: float
 ) -> LayerReport:
     """Describe a layer that was just solved."""
     energy = float(gram.y_square.sum())
@@ -248,7 +251,7 @@ def report(
         scale_granularity="channel" if len(weight.scale) > 1 else "layer",
         relative_error=math.sqrt(float(solution.squared_error.sum()) / energy) if energy else 0.0,
         zeros=float((weight.grid[weight.codes.long()] == 0).float().mean()),
-        packed_bytes=0,
+        packed_bytes=packed_bytes(weight) + (0 if layer.bias is None else 4 * layer.bias.numel()),
         seconds=seconds,
         note=f"only {gram.rows} rows for {gram.A.shape[1]} columns" if few else "",
     )
