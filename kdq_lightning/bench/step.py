@@ -107,7 +107,7 @@ def run(args: Namespace) -> dict[str, Any]:
         torch.randn(args.batch_size, 3, 32, 32, device=device).contiguous(memory_format=layout),
         torch.randint(10, (args.batch_size,), device=device),
     )
-    figures: dict[str, Any] = {"hardware": hardware(), "precision": choose_precision(), **args.as_dict()}
+    figures: dict[str, Any] = {"hardware": hardware(), "precision": choose_precision(), "batch_size": args.batch_size}
     figures["seconds"] = {name: {"limit": [], "trainer": []} for name in ("control", "vanilla")}
     for _ in range(args.repeats):
         for name, seconds in figures["seconds"].items():
