@@ -93,8 +93,8 @@ def test_speeds_of_every_case():
     assert cases == [
         ("floor", "published", 8, 1),
         ("walk", "published", 8, 1),
-        ("floor", "all", 8, 1),
-        ("walk", "all", 8, 1),
+        ("floor", "all", 2, 1),
+        ("walk", "all", 2, 1),
         ("floor", "10 %", 4, 1),
         ("walk", "10 %", 4, 1),
         ("floor", "10 %", 8, 1),

@@ -223,6 +223,20 @@ def test_layer_never_reached_is_named_and_left_in_float(images):
     assert torch.equal(result.model.spare.weight, network.spare.weight)
 
 
+def test_layers_that_depend_on_the_images_are_refused():
+    class Choosing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bright, self.dark = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.bright(x) if x.mean() > 0 else self.dark(x)
+
+    images = torch.cat([torch.ones(64, 4), -torch.ones(64, 4)])
+    with pytest.raises(UserError, match="decide which layer"):
+        quantize(Choosing(), [images], bits=(4,))
+
+
 def test_few_rows_are_named():
     network = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
     (layer,) = quantize(network, [torch.randn(30, 3, 4, 4)], bits=(4,))[4].layers
@@ -298,7 +312,7 @@ def test_memory_limit_changes_the_walks_but_not_the_result(network, images):
         network,
         [images],
         bits=(2, 3, 4),
-        max_memory_gb=6e-4,
+        max_memory_gb=9e-4,
         progress=lambda done, total, name: seen.append((done, total, name)),
     )
     assert seen[-1] == (15, 15, "head")  # three walks of five layers
@@ -330,7 +344,7 @@ def _quantize_a_share(rank: int, world: int, path: str) -> None:
     torch.manual_seed(0)
     network = build_network("resnet8", 10)
     images = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    share = images[:64] if rank == 0 else images[64:]  # unequal shares, cut where the blocks are
+    share = images[:64] if rank == 0 else images[64:]  # unequal shares, cut where the parts are
     results = quantize(network, [share], bits=(2,))
     torch.save({width: result.model.state_dict() for width, result in results.items()}, f"{path}.{rank}")
     torch.distributed.destroy_process_group()

@@ -28,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--methods", type=list[str], default=list(METHODS), help=f"Some of {', '.join(METHODS)}.")
     parser.add_argument("--images", type=int, default=512, help="Calibration images of a draw.")
     parser.add_argument("--draws", type=int, default=5, help="Calibration draws; 0 leaves the accuracies out.")
-    parser.add_argument("--speed_images", type=int, default=128, help="Calibration images of the timings.")
+    parser.add_argument("--speed_images", type=int, default=512, help="Calibration images of the timings.")
     parser.add_argument("--repeats", type=int, default=5, help="Repeats of the timings; 0 leaves them out.")
 
 

@@ -63,21 +63,22 @@ class Alphabet:
     def _range(self) -> tuple[float, float]:
         return float(self.grid[0]), float(self.grid[-1])
 
-    def round(self, values: Tensor, noise: Tensor | float = 0.5) -> Tensor:
+    def round(self, values: Tensor, noise: Tensor | float = 0.5, *, out: Tensor | None = None) -> Tensor:
         """Return the level that each value rounds to, same shape and dtype.
 
         Args:
             values: Any shape.
             noise: 1/2 rounds to the nearest level, ties upwards; uniform draws from [0, 1) round to floor or ceiling
                 with probability by distance.
+            out: Where to put the levels; None makes room for them.
         """
-        if self.codebook == "soft":
-            values = F.softshrink(values, soft_threshold(self.bits))
         if self.codebook == "hard":
             threshold = hard_threshold(self.bits)
             steps = (values.abs() - threshold + noise).floor_().clamp_(0, 2 ** (self.bits - 1))
-            return (steps + threshold) * values.sign() * (values.abs() > threshold)
-        levels = (values + (noise - self._offset)).floor_()
+            return torch.mul((steps + threshold) * values.sign(), values.abs() > threshold, out=out)
+        if self.codebook == "soft":
+            values = F.softshrink(values, soft_threshold(self.bits))
+        levels = torch.add(values, noise - self._offset, out=out).floor_()
         if self._offset:
             levels += self._offset
         return levels.clamp_(*self._range)

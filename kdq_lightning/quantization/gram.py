@@ -7,6 +7,7 @@ added into float64 sums: as exact as float64 products up to a few rounding ties 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
-BLOCK_IMAGES = 32  # blocks start at multiples of this, so shards cut there repeat the products of a single process
 CHUNK_ROWS = 512
+BLOCK_ROWS = 2048  # gathered at a time
+BLOCK_SAMPLES = 64  # at most, where a sample has few rows
 STRIP = 144  # narrower products waste more than the symmetry of A saves
 
 
@@ -74,89 +76,108 @@ class Patches:
         """Return the height and width of the grid of positions at which the layer looks at one sample."""
         if isinstance(self.layer, nn.Linear):
             return 1, math.prod(inputs.shape[1:-1])
-        padding = self.layer._reversed_padding_repeated_twice
         size = (*(1,) * (4 - inputs.dim()), *inputs.shape[2:])
-        pads = (padding[2] + padding[3] if len(padding) == 4 else 0, padding[0] + padding[1])
+        top, bottom, left, right = self._padding()
         height, width = (
             (extent + pad - dilation * (kernel - 1) - 1) // stride + 1
             for extent, pad, dilation, kernel, stride in zip(
-                size, pads, self.dilation, self.kernel, self.stride, strict=True
+                size, (top + bottom, left + right), self.dilation, self.kernel, self.stride, strict=True
             )
         )
         return height, width
 
-    def rows(self, inputs: Tensor, positions: Tensor) -> Tensor:
-        """Unfold the chosen positions alone.
-
-        Columns are ordered (kernel position, channel): runs of channels copy whole.
+    def pixels(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where the rows of some positions lie in inputs of this shape, for `rows`.
 
         Args:
-            inputs: What the layer is given, (samples, ...).
+            inputs: What the layer is given, (samples, ...); only its shape is read.
             positions: (samples, draws) int64, indices into the flattened `grid`.
 
         Returns:
-            (groups, samples * draws, N).
+            The pixel (or token) of each kernel position of each row, counted over all samples, and which of these lie
+            in the zeros around the image.
         """
+        samples = torch.arange(len(inputs), device=inputs.device).view(-1, 1, 1, 1)
         if isinstance(self.layer, nn.Linear):
-            width = math.prod(inputs.shape[1:-1])
-            start = torch.arange(len(inputs), device=inputs.device)[:, None] * width + positions
-            return inputs.reshape(-1, inputs.shape[-1]).index_select(0, start.flatten())[None]
-        _, grid_width = self.grid(inputs)
-        mode = self.layer.padding_mode
-        inputs = F.pad(inputs, self.layer._reversed_padding_repeated_twice, "constant" if mode == "zeros" else mode)
-        if inputs.dim() == 3:
-            inputs = inputs.unsqueeze(2)
-        samples, channels, height, width = inputs.shape
-        top, left = positions // grid_width * self.stride[0], positions % grid_width * self.stride[1]
-        start = (torch.arange(samples, device=inputs.device)[:, None] * height + top) * width + left
-        down, right = (
+            inside = samples.view(-1, 1) * math.prod(inputs.shape[1:-1]) + positions
+            return inside.flatten(), inside.new_empty(0)
+        height, width = (*(1,) * (4 - inputs.dim()), *inputs.shape[2:])[-2:]
+        top, bottom, left, right = self._padding()
+        if self.layer.padding_mode != "zeros":  # then `rows` pads
+            height, width, top, left = height + top + bottom, width + left + right, 0, 0
+        grid_width = self.grid(inputs)[1]
+        down, across = (
             torch.arange(size, device=inputs.device) * step
             for size, step in zip(self.kernel, self.dilation, strict=True)
         )
-        pixels = start.flatten()[:, None] + (down[:, None] * width + right).flatten()
-        taken = inputs.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, pixels.flatten())
-        taken = taken.view(start.numel(), -1, self.groups, channels // self.groups)
-        return taken.permute(2, 0, 1, 3).reshape(self.groups, start.numel(), self.columns)
+        y = (positions // grid_width * self.stride[0] - top)[:, :, None, None] + down[:, None]
+        x = (positions % grid_width * self.stride[1] - left)[:, :, None, None] + across
+        pixels = (samples * height + y) * width + x
+        outside = ((y < 0) | (y >= height) | (x < 0) | (x >= width)).flatten().nonzero().flatten()
+        return pixels.flatten().index_fill_(0, outside, 0), outside
 
-    def column_order(self) -> Tensor:
-        """Return where each column of a flattened weight, (channel, kernel position), stands among those of `rows`."""
+    def rows(self, inputs: Tensor, pixels: Tensor, outside: Tensor) -> Tensor:
+        """Unfold the positions that `pixels` found, and no others.
+
+        Columns are ordered (kernel position, channel): runs of channels copy whole.
+
+        Returns:
+            (groups, rows, N).
+        """
         if isinstance(self.layer, nn.Linear):
-            return torch.arange(self.columns)
-        return torch.arange(self.columns).view(math.prod(self.kernel), -1).T.flatten()
+            return inputs.reshape(-1, inputs.shape[-1]).index_select(0, pixels)[None]
+        if self.layer.padding_mode != "zeros":
+            inputs = F.pad(inputs, self.layer._reversed_padding_repeated_twice, self.layer.padding_mode)
+        channels = inputs.shape[1]
+        taken = inputs.movedim(1, -1).reshape(-1, channels).index_select(0, pixels).index_fill_(0, outside, 0.0)
+        taken = taken.view(-1, math.prod(self.kernel), self.groups, channels // self.groups)
+        return taken.permute(2, 0, 1, 3).reshape(self.groups, -1, self.columns)
+
+    def _padding(self) -> tuple[int, int, int, int]:
+        """Return the pixels added above, below, to the left and to the right."""
+        assert not isinstance(self.layer, nn.Linear)
+        left, right, *vertical = self.layer._reversed_padding_repeated_twice
+        top, bottom = vertical or (0, 0)
+        return top, bottom, left, right
+
+    def reorder(self, gathered: Tensor, dim: int) -> Tensor:
+        """Put a dimension of N from the order of `rows` into that of a flattened weight, (channel, kernel position)."""
+        if isinstance(self.layer, nn.Linear):
+            return gathered
+        shape = gathered.shape
+        split = gathered.view(*shape[:dim], math.prod(self.kernel), -1, *shape[dim + 1 :])
+        return split.transpose(dim, dim + 1).reshape(shape)
 
 
 def collect(
-    patches: Patches,
-    streams: Sequence[Tensor],
-    positions: Tensor,
-    *,
-    first_sample: int,
-    cross: Sequence[bool],
+    patches: Patches, parts: Sequence[Sequence[Tensor]], positions: Tensor, *, first_sample: int, cross: Sequence[bool]
 ) -> list[Gram]:
     """Gather the Gram matrices of one layer, summed over all processes.
 
     Args:
         patches: How the layer cuts its inputs.
-        streams: Inputs of the float network, then of each quantized network, (samples, ...) each.
+        parts: Inputs of the layer, part of the samples by part; in each those of the float network, then of each
+            quantized network, (samples, ...).
         positions: (samples, draws), the patches to take of each sample.
         first_sample: Index of the first of these samples in the whole calibration set.
         cross: For each quantized network, whether B is wanted.
     """
-    order = patches.column_order().to(positions.device)
-    back = order.argsort()
-    weight = columns(patches.layer.weight.detach(), patches.groups)[:, back]
-    grams = [_empty(patches, weight, wanted) for wanted in cross]
+    weight = columns(patches.layer.weight.detach(), patches.groups)
+    order = patches.reorder(torch.arange(patches.columns, device=weight.device), 0)
+    gathered = weight[:, order.argsort()]
+    grams = [_empty(weight, wanted) for wanted in cross]
     ones = weight.new_ones(len(weight), 1, CHUNK_ROWS)
-    for block in _blocks(len(positions), first_sample):
-        x = _chunks(patches.rows(streams[0][block], positions[block]))
-        y = [chunk @ weight for chunk in x]
+    for part, block, place in _blocks([len(part[0]) for part in parts], positions.shape[1], first_sample):
+        inputs, *quantized = (stream[block] for stream in parts[part])
+        where = patches.pixels(inputs, positions[place])
+        x = _chunks(patches.rows(inputs, *where))
+        y = [chunk @ gathered for chunk in x]
         y_square = sum(chunk.square().sum(1, keepdim=True).double() for chunk in y)
         y_sum = sum(chunk.sum(1, keepdim=True).double() for chunk in y)
-        for gram, stream in zip(grams, streams[1:], strict=True):
+        for gram, stream in zip(grams, quantized, strict=True):
             gram.y_square += y_square
             gram.y_sum += y_sum
-            quantized = _chunks(patches.rows(stream[block], positions[block]))
-            for x_chunk, y_chunk, q_chunk in zip(x, y, quantized, strict=True):
+            for x_chunk, y_chunk, q_chunk in zip(x, y, _chunks(patches.rows(stream, *where)), strict=True):
                 _add_lower(gram.A, q_chunk)
                 gram.x_sum += ones[:, :, : q_chunk.shape[1]] @ q_chunk  # several times faster than sum(1)
                 if gram.B is None:
@@ -165,12 +186,38 @@ def collect(
                     gram.B += q_chunk.mT @ x_chunk
     for gram in grams:
         gram.rows = positions.numel()
-        gram.A = gram.A.tril() + gram.A.tril(-1).mT
         _sum_over_ranks(gram)
-        _reorder(gram, order)
-        if gram.B is not None:
-            gram.BW = gram.B @ columns(patches.layer.weight.detach(), patches.groups).double()
+        _mirror(gram.A)
+        gram.A = patches.reorder(patches.reorder(gram.A, 1), 2)
+        gram.x_sum = patches.reorder(gram.x_sum, 2)
+        if gram.B is None:
+            gram.BW = patches.reorder(gram.BW, 1)
+        else:
+            gram.B = patches.reorder(patches.reorder(gram.B, 1), 2)
+            gram.BW = gram.B @ weight.double()
     return grams
+
+
+def _blocks(sizes: Sequence[int], draws: int, first_sample: int) -> Iterator[tuple[int, slice, slice]]:
+    """Cut parts of these sizes into blocks of up to BLOCK_ROWS rows, at multiples of a power of two samples.
+
+    So shards cut at multiples of BLOCK_SAMPLES repeat the products of a single process.
+
+    Yields:
+        The part, the samples in it, and the same samples in all parts.
+    """
+    length = 2 ** max(0, (BLOCK_ROWS // draws).bit_length() - 1)
+    length = min(length, BLOCK_SAMPLES)
+    before = 0
+    for part, size in enumerate(sizes):
+        cuts = [0, *range(length - (first_sample + before) % length, size, length), size]
+        for start, stop in pairwise(cuts):
+            yield part, slice(start, stop), slice(before + start, before + stop)
+        before += size
+
+
+def _chunks(rows: Tensor) -> list[Tensor]:
+    return [rows[:, start : start + CHUNK_ROWS] for start in range(0, rows.shape[1], CHUNK_ROWS)]
 
 
 def columns(weight: Tensor, groups: int) -> Tensor:
@@ -178,7 +225,7 @@ def columns(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, len(weight) // groups, -1).mT
 
 
-def _empty(patches: Patches, weight: Tensor, cross: bool) -> Gram:
+def _empty(weight: Tensor, cross: bool) -> Gram:
     groups, size, neurons = weight.shape
 
     def zeros(rows: int, cols: int) -> Tensor:
@@ -188,25 +235,21 @@ def _empty(patches: Patches, weight: Tensor, cross: bool) -> Gram:
     return Gram(0, zeros(size, size), B, zeros(size, neurons), zeros(1, neurons), zeros(1, neurons), zeros(1, size))
 
 
-def _blocks(samples: int, first: int) -> Iterator[slice]:
-    start = 0
-    while start < samples:
-        stop = min(samples, start + BLOCK_IMAGES - (first + start) % BLOCK_IMAGES)
-        yield slice(start, stop)
-        start = stop
-
-
-def _chunks(rows: Tensor) -> list[Tensor]:
-    return [rows[:, start : start + CHUNK_ROWS] for start in range(0, rows.shape[1], CHUNK_ROWS)]
+def _strips(size: int) -> Iterator[slice]:
+    width = max(STRIP, -(-size // 4))
+    yield from (slice(start, min(start + width, size)) for start in range(0, size, width))
 
 
 def _add_lower(A: Tensor, rows: Tensor) -> None:
     """Add the lower triangle of rowsᵀ·rows, and what little lies above it within strips: 5/8 of the whole product."""
-    size = A.shape[1]
-    width = max(STRIP, -(-size // 4))
-    for start in range(0, size, width):
-        strip = slice(start, start + width)
-        A[:, start:, strip] += rows[:, :, start:].mT @ rows[:, :, strip]
+    for strip in _strips(A.shape[1]):
+        A[:, strip.start :, strip] += rows[:, :, strip.start :].mT @ rows[:, :, strip]
+
+
+def _mirror(A: Tensor) -> None:
+    """Fill in what `_add_lower` left out."""
+    for strip in _strips(A.shape[1]):
+        A[:, strip, strip.stop :] = A[:, strip.stop :, strip].mT
 
 
 def _sum_over_ranks(gram: Gram) -> None:
@@ -215,14 +258,3 @@ def _sum_over_ranks(gram: Gram) -> None:
         for part in (rows, gram.A, gram.BW if gram.B is None else gram.B, gram.y_square, gram.y_sum, gram.x_sum):
             dist.all_reduce(part)
         gram.rows = int(rows)
-
-
-def _reorder(gram: Gram, order: Tensor) -> None:
-    if torch.equal(order, torch.arange(len(order), device=order.device)):
-        return
-    gram.A = gram.A[:, order][:, :, order]
-    gram.x_sum = gram.x_sum[:, :, order]
-    if gram.B is None:
-        gram.BW = gram.BW[:, order]
-    else:
-        gram.B = gram.B[:, order][:, :, order]

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdq_lightning.errors import UserError
+from kdq_lightning.quantization.forwards import PART_IMAGES
 from kdq_lightning.quantization.gram import layers_of
 from kdq_lightning.quantization.recipes import Recipe
 from kdq_lightning.quantization.solvers import working_bytes
@@ -39,7 +40,7 @@ class Profile:
         layers = layers_of(model)
         stacked = images * (1 + len(recipes))
         solving = (live * stacked + working_bytes(layers[name], recipes) for name, live in self.at_layer.items())
-        return stacked * self.image + max(self.peak * stacked, *solving)
+        return images * self.image + PART_IMAGES * self.peak + max(solving)
 
 
 def probe(model: nn.Module, images: Tensor) -> Profile:

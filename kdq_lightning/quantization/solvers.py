@@ -117,19 +117,15 @@ def greedy(targets: Tensor, coupling: Tensor | None, alphabet: Alphabet, noise: 
     draws = list(noise) if isinstance(noise, Tensor) else [noise] * targets.shape[1]
     for start in range(0, targets.shape[1], BLOCK):
         stop = min(start + BLOCK, targets.shape[1])
-        block = targets[:, start:stop]
-        if start:
-            block = torch.baddbmm(block, coupling[:, :start, start:stop].mT, levels[:, :start], alpha=-1)
-        near = coupling[:, start:stop, start:stop].triu(1).mT.contiguous()
         done = levels[:, start:stop]  # zero where still to come
-        steps = zip(_columns(block), _columns(near), _columns(done), draws[start:stop], strict=True)
+        values = torch.baddbmm(targets[:, start:stop], coupling[:, :start, start:stop].mT, levels[:, :start], alpha=-1)
+        near = coupling[:, start:stop, start:stop].triu(1).mT.contiguous()
+        blocks = (torch.tensor_split(block, stop - start, 1) for block in (values, near, done))
+        steps = zip(*blocks, draws[start:stop], strict=True)
         for value, feedback, level, draw in steps:
-            level.copy_(alphabet.round(torch.baddbmm(value, feedback, done, alpha=-1), draw))
+            value.baddbmm_(feedback, done, alpha=-1)
+            alphabet.round(value, draw, out=level)
     return levels
-
-
-def _columns(block: Tensor) -> Sequence[Tensor]:
-    return torch.tensor_split(block, block.shape[1], 1)
 
 
 def coordinate_descent(gram: Gram, levels: Tensor, scale: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:

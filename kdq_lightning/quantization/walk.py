@@ -1,9 +1,8 @@
-"""One eval-mode forward over the float network and its quantized copies, solving each layer on the way.
+"""One walk over the float network and its quantized copies, solving each layer on the way.
 
-The streams [float, b1, b2, ...] are stacked along the batch and go through one copy of the network, whose convolutions
-and linear layers apply to each stream its own weights. A layer is solved when it is first called: it sees every
-calibration image at once, and what follows sees what its quantized weights make of them. In eval mode the samples of a
-batch are independent, so nothing else in the network needs to know, and the order is the network's own.
+The float network and its copies at each bit width are streams of one forward, in the network's own order. Each layer is
+solved when it is first reached, on all calibration images at once, and what follows sees what its quantized weights
+make of them.
 """
 
 import copy
@@ -11,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -22,12 +20,12 @@ from torch import Tensor, nn
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.alphabet import QuantizedWeight
 from kdq_lightning.quantization.draws import draw_positions, draw_uniform
+from kdq_lightning.quantization.forwards import PART_IMAGES, Forwards
 from kdq_lightning.quantization.gram import Gram, Layer, Patches, collect, columns, layers_of
 from kdq_lightning.quantization.packing import packed_bytes
 from kdq_lightning.quantization.recipes import Recipe
 from kdq_lightning.quantization.solvers import Solution, solve
 
-FORWARD_SAMPLES = 64  # few enough that a convolution's activations stay in the processor's cache
 ROWS_PER_COLUMN = 4  # fewer rows a column overfit, refinement first
 FEW_ROWS_PER_COLUMN = 2
 
@@ -81,6 +79,11 @@ class Calibration:
     share: int
     seed: int
 
+    def parts(self) -> list[Tensor]:
+        """Return the images in parts small enough for a forward, cut at multiples of their size in the whole set."""
+        ends = range(PART_IMAGES - self.first % PART_IMAGES, len(self.images), PART_IMAGES)
+        return list(self.images.tensor_split(list(ends)))
+
 
 class Walk:
     """Quantizes one network at several bit widths in one forward.
@@ -107,16 +110,20 @@ class Walk:
         self.weights: list[dict[str, QuantizedWeight]] = [{} for _ in recipes]
         self.reports: list[list[LayerReport]] = [[] for _ in recipes]
         self._repeated: set[str] = set()
-        self._carrier = copy.deepcopy(model).eval()
+        self._model = model
 
     @torch.no_grad()
     def run(self) -> None:
         """Walk, and add the layers that were never reached to the reports."""
-        layers = layers_of(self._carrier)
-        for name, layer in layers.items():
-            layer.forward = partial(self._visit, name, layer)  # type: ignore[method-assign]
-        images = self.calibration.images
-        self._carrier(images.repeat(1 + len(self.recipes), *[1] * (images.dim() - 1)))
+        parts = self.calibration.parts()
+        forwards = Forwards(copy.deepcopy(self._model).eval(), parts, 1 + len(self.recipes))
+        layers = layers_of(self._model)
+        while (name := forwards.layer) is not None:
+            if name in self.weights[0]:
+                self._repeated.add(name)
+            else:
+                self._solve(name, layers[name], forwards.inputs)
+            forwards.answer([layers[name], *(layers[name] for layers in self._layers)])
         for reports in self.reports:
             for i, entry in enumerate(reports):
                 if entry.name in self._repeated:
@@ -124,36 +131,11 @@ class Walk:
                     reports[i] = replace(entry, note="; ".join(filter(None, [entry.note, note])))
             reports += [left_in_float(name, layer) for name, layer in layers.items() if name not in self.weights[0]]
 
-    def _visit(self, name: str, layer: Layer, inputs: Tensor) -> Tensor:
-        """Stand in for the forward of one layer on all streams."""
-        count = 1 + len(self.recipes)
-        samples = len(inputs) // count
-        if len(inputs) % count or samples % len(self.calibration.images):
-            raise UserError(f"layer {name} is not given the images along its first dimension: it can't be calibrated")
-        streams = inputs.chunk(count)
-        if name in self.weights[0]:
-            self._repeated.add(name)
-        else:
-            self._solve(name, layer, streams)
-        copies = [layer, *(layers[name] for layers in self._layers)]
-        outputs = None
-        for start in range(0, len(inputs), samples):
-            stop = start + samples
-            for first in range(start, stop, FORWARD_SAMPLES):
-                part = slice(first, min(first + FORWARD_SAMPLES, stop))
-                output = _apply(copies[start // samples], inputs[part])
-                if outputs is None:
-                    outputs = _empty_like(output, len(inputs))
-                outputs[part] = output
-        assert outputs is not None
-        return outputs
-
-    def _solve(self, name: str, layer: Layer, streams: Sequence[Tensor]) -> None:
+    def _solve(self, name: str, layer: Layer, parts: Sequence[Sequence[Tensor]]) -> None:
         start = time.perf_counter()
-        calibration = self.calibration
         index = len(self.weights[0])
         patches = Patches(layer, disjoint=self.recipes[0].official)
-        grams = self._collect(index, patches, streams)
+        grams = self._collect(name, patches, parts)
         gathering = time.perf_counter() - start
         weight = columns(layer.weight, patches.groups).double()
         for i, (recipe, gram) in enumerate(zip(self.recipes, grams, strict=True)):
@@ -161,7 +143,7 @@ class Walk:
             check_finite(name, gram)
             noise: Tensor | float = 0.5
             if recipe.stochastic:
-                noise = draw_uniform(calibration.seed, index, *weight.shape[1:]).to(weight.device)
+                noise = draw_uniform(self.calibration.seed, index, *weight.shape[1:]).to(weight.device)
             solution = solve_by_shares(gram, weight, recipe, noise)
             self._store(i, name, solution)
             seconds = gathering + time.perf_counter() - start
@@ -170,17 +152,21 @@ class Walk:
             )
         self.on_layer(name)
 
-    def _collect(self, index: int, patches: Patches, streams: Sequence[Tensor]) -> list[Gram]:
-        """Draw the patches of the layer of this index in execution order, and gather its Gram matrices."""
-        calibration, official = self.calibration, self.recipes[0].official
-        per_image = len(streams[0]) // len(calibration.images)
+    def _collect(self, name: str, patches: Patches, parts: Sequence[Sequence[Tensor]]) -> list[Gram]:
+        """Draw the patches of a layer, and gather its Gram matrices."""
+        calibration, recipe, inputs = self.calibration, self.recipes[0], parts[0][0]
+        samples = sum(len(part[0]) for part in parts)
+        if samples % len(calibration.images):
+            raise UserError(f"layer {name} is not given the images along its first dimension: it can't be calibrated")
+        per_image = samples // len(calibration.images)
         first = calibration.first * per_image
-        positions = math.prod(patches.grid(streams[0]))
+        positions = math.prod(patches.grid(inputs))
         draws = self._draws(patches, positions, calibration.total * per_image)
-        samples = torch.arange(first, first + len(streams[0]))
-        chosen = draw_positions(calibration.seed, index, samples, draws, positions, replacement=official)
+        numbers = torch.arange(first, first + samples)
+        index = len(self.weights[0])
+        chosen = draw_positions(calibration.seed, index, numbers, draws, positions, replacement=recipe.official)
         cross = [recipe.solver == "gpfq" for recipe in self.recipes]
-        return collect(patches, streams, chosen.to(streams[0].device), first_sample=first, cross=cross)
+        return collect(patches, parts, chosen.to(inputs.device), first_sample=first, cross=cross)
 
     def _draws(self, patches: Patches, positions: int, samples: int) -> int:
         """Return how many positions of each sample the layer is solved on."""
@@ -261,18 +247,3 @@ def left_in_float(name: str, layer: Layer) -> LayerReport:
     """Describe a layer that the forward never called."""
     size = sum(4 * parameter.numel() for parameter in layer.parameters())
     return LayerReport(name, "", "", 0, 0, "", 0.0, 0.0, size, 0.0, "never reached: left in float")
-
-
-def _apply(layer: Layer, inputs: Tensor) -> Tensor:
-    output: Tensor = type(layer).forward(layer, inputs)  # type: ignore[arg-type]  # the instance's own may be ours
-    return output
-
-
-def _empty_like(output: Tensor, samples: int) -> Tensor:
-    last = output.dim() == 4 and output.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty(
-        (samples, *output.shape[1:]),
-        dtype=output.dtype,
-        device=output.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )

@@ -1,0 +1,78 @@
+"""Forwards of one network on many small batches, all paused at the same layer until it can answer.
+
+A layer is solved on all calibration images at once, but the network runs fastest, and in least memory, on few of them
+at a time. So each small batch has a forward of its own, a coroutine that hands over its inputs wherever it comes to a
+layer, and goes on with the outputs that it is given. The network itself needs to know nothing of this.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from kdq_lightning.errors import UserError
+from kdq_lightning.quantization.gram import layers_of
+
+PART_IMAGES = 64  # few enough that the activations of a layer stay in a processor's cache
+
+
+class Call(NamedTuple):
+    """A layer that a forward has come to, and what it is given there."""
+
+    name: str
+    inputs: Tensor
+
+
+class Forwards:
+    """One forward for every stream of every part of the images.
+
+    Attributes:
+        layer: Name of the layer at which all forwards wait; None when they are through.
+    """
+
+    def __init__(self, network: nn.Module, parts: Sequence[Tensor], streams: int) -> None:
+        """Run up to the first layer.
+
+        Args:
+            network: In eval mode; the forwards of its layers are replaced for good.
+            parts: Images by part, (images, ...).
+            streams: Forwards of each part.
+        """
+        for name, layer in layers_of(network).items():
+            layer.forward = partial(_wait, name)  # type: ignore[method-assign]
+        self._forwards = [[greenlet(network) for _ in range(streams)] for _ in parts]
+        self._calls: list[list[Call]] = [
+            [forward.switch(images) for forward in forwards]
+            for forwards, images in zip(self._forwards, parts, strict=True)
+        ]
+        self.layer = self._agree()
+
+    @property
+    def inputs(self) -> list[list[Tensor]]:
+        """What the layer is given, by part and stream."""
+        return [[call.inputs for call in calls] for calls in self._calls]
+
+    def answer(self, layers: Sequence[nn.Module]) -> None:
+        """Give each stream the outputs of its own layer, and run on to the next one."""
+        for forwards, calls in zip(self._forwards, self._calls, strict=True):
+            for i, (forward, layer) in enumerate(zip(forwards, layers, strict=True)):
+                calls[i] = forward.switch(layer(calls[i].inputs))
+        self.layer = self._agree()
+
+    def _agree(self) -> str | None:
+        pairs = zip(chain(*self._forwards), chain(*self._calls), strict=True)
+        names = {None if forward.dead else call.name for forward, call in pairs}
+        if len(names) > 1:
+            raise UserError("the images decide which layer the model calls next: it can't be calibrated on all at once")
+        return names.pop()
+
+
+def _wait(name: str, inputs: Tensor) -> Tensor:
+    """Stand in for a layer's forward."""
+    walk = getcurrent().parent
+    assert walk is not None
+    outputs: Tensor = walk.switch(Call(name, inputs))
+    return outputs
