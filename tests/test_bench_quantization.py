@@ -65,6 +65,15 @@ def test_accuracies_are_those_of_the_quantized_networks():
     assert all(cost.seconds > 0 and 0.05 < cost.peak_gb < 100 for cost in costs)
 
 
+def test_a_peer_takes_part():
+    pytest.importorskip("brevitas")
+    network, images = small_network(), pictures(100)
+    labels = network(halves(images)).argmax(1)
+    _, *rows = measure_accuracy(network, [images[:20]], images, labels, halves, (8,), ["brevitas_gpfq"])[0]
+    assert [(row.method, row.levels) for row in rows] == [("brevitas_gpfq", 255)]
+    assert rows[0].mean > 95
+
+
 def test_peak_memory_sees_what_was_freed_and_forgets_what_was_before():
     with peak_memory() as before:
         big = torch.ones(2**27)  # half a GiB

@@ -9,11 +9,14 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from kdq_lightning.bench.measure import hardware, print_table
+from kdq_lightning.bench.peers import PEERS
 from kdq_lightning.bench.quantization_accuracy import METHODS, Accuracy, Cost, measure_accuracy
 from kdq_lightning.bench.quantization_speed import Speed, measure_speed
 from kdq_lightning.checkpoints import load_trained
 from kdq_lightning.data.datamodules import CIFARDataModule
 from kdq_lightning.errors import UserError
+
+NAMES = (*METHODS, *PEERS)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -25,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--dataset", type=str, default="cifar10", help="cifar10 or cifar100.")
     parser.add_argument("--root", type=Path, default=Path("data"), help="Folder that holds the data.")
     parser.add_argument("--bits", type=list[int], default=[2, 3, 4], help="Bit widths of the accuracies.")
-    parser.add_argument("--methods", type=list[str], default=list(METHODS), help=f"Some of {', '.join(METHODS)}.")
+    parser.add_argument("--methods", type=list[str], default=list(METHODS), help=f"Some of {', '.join(NAMES)}.")
     parser.add_argument("--images", type=int, default=512, help="Calibration images of a draw.")
     parser.add_argument("--draws", type=int, default=5, help="Calibration draws; 0 leaves the accuracies out.")
     parser.add_argument("--speed_images", type=int, default=512, help="Calibration images of the timings.")
@@ -38,9 +41,9 @@ def run(args: Namespace) -> dict[str, Any]:
     Raises:
         UserError: If the weights or the data can't be read, or a method is unknown.
     """
-    unknown = set(args.methods) - METHODS.keys()
+    unknown = set(args.methods) - set(NAMES)
     if unknown:
-        raise UserError(f"unknown method {min(unknown)!r}: choose from {', '.join(METHODS)}")
+        raise UserError(f"unknown method {min(unknown)!r}: choose from {', '.join(NAMES)}")
     mean, std = (tuple(values) if values else None for values in (args.mean, args.std))
     trained = next(iter(load_trained(args.weights, args.network, mean, std).values()))
     data = CIFARDataModule(args.dataset, args.root, mean=trained.mean, std=trained.std)
@@ -49,9 +52,10 @@ def run(args: Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"network": trained.network, "dataset": args.dataset, "hardware": hardware()}
     if args.draws:
         draws = [_draw(data, args.images, seed) for seed in range(args.draws)]
-        methods = {name: METHODS[name] for name in args.methods}
         test = data.test_set
-        accuracies, costs = measure_accuracy(model, draws, test.images, test.labels, data.normalize, args.bits, methods)
+        accuracies, costs = measure_accuracy(
+            model, draws, test.images, test.labels, data.normalize, args.bits, args.methods
+        )
         title = f"{trained.network}, {args.dataset}, {len(test)} test images, {args.images} calibration images"
         print_accuracies(title, accuracies)
         print_costs(f"{trained.network}, {len(args.bits)} bit widths together, a draw", costs)
@@ -82,7 +86,7 @@ def print_accuracies(title: str, rows: Sequence[Accuracy]) -> None:
                 str(row.bits),
                 str(row.levels or ""),
                 row.recipe,
-                f"{row.packed_bytes / 1000:.1f}",
+                f"{row.packed_bytes / 1000:.1f}" if row.packed_bytes else "",
                 f"{row.mean:.2f}",
                 f"{min(row.top1):.2f}-{max(row.top1):.2f}" if len(row.top1) > 1 else "",
                 f"{row.mean - network:+.2f}",

@@ -3,7 +3,7 @@
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from kdq_lightning.bench.peers import PEERS, quantize_brevitas
 from kdq_lightning.quantization import Quantized, quantize
 from kdq_lightning.quantization.packing import save_packed
 
@@ -32,11 +33,11 @@ class Accuracy:
     """One method at one bit width.
 
     Attributes:
-        method: One of `METHODS`; "float" for the network itself.
+        method: One of `METHODS` or `PEERS`; "float" for the network itself.
         bits: Bit width.
         levels: Number of values that a weight may take, the most of any layer; 0 for the float network.
         recipe: Solver and codebook.
-        packed_bytes: Size of the packed file; for the float network of its plain safetensors file.
+        packed_bytes: Size of the packed file; for the float network of its plain safetensors file; 0 for a peer's.
         top1: Test accuracy of each calibration draw, percent.
     """
 
@@ -58,7 +59,7 @@ class Cost:
     """What one method took for all bit widths of one draw.
 
     Attributes:
-        method: One of `METHODS`.
+        method: One of `METHODS` or `PEERS`.
         seconds: Wall time of `quantize`.
         peak_gb: Most memory that the process held meanwhile, interpreter and data included, in units of 2^30 bytes.
     """
@@ -75,7 +76,7 @@ def measure_accuracy(
     test_labels: Tensor,
     normalize: Callable[[Tensor], Tensor],
     bits: Sequence[int],
-    methods: Mapping[str, Mapping[str, Any]] = METHODS,
+    methods: Sequence[str] = tuple(METHODS),
 ) -> tuple[list[Accuracy], list[Cost]]:
     """Quantize a network with each method on each draw, and test it at each bit width.
 
@@ -86,7 +87,7 @@ def measure_accuracy(
         test_labels: (images,).
         normalize: Turns uint8 images into the network's inputs.
         bits: Bit widths.
-        methods: Arguments of `quantize` by name.
+        methods: Some of `METHODS` and `PEERS`.
 
     Returns:
         Accuracies, the float network's first, and costs.
@@ -98,17 +99,28 @@ def measure_accuracy(
     size = len(safetensors.torch.save(model.state_dict()))
     rows = {("float", 32): Accuracy("float", 32, 0, "", size, [score(model)])}
     costs = []
-    for method, arguments in methods.items():
+    for method in methods:
         for seed, images in enumerate(draws):
             with peak_memory() as peak:
                 start = time.perf_counter()
-                results = quantize(model, map(normalize, torch.split(images, BATCH)), bits, seed=seed, **arguments)
+                batches = [normalize(batch) for batch in torch.split(images, BATCH)]
+                results = quantize_by(method, model, batches, bits, seed)
                 costs.append(Cost(method, time.perf_counter() - start, 0.0))
             costs[-1].peak_gb = peak()
-            for width, result in results.items():
-                row = rows.setdefault((method, width), _describe(method, width, result))
-                row.top1.append(score(result.model))
+            for width, (network, packed) in results.items():
+                row = rows.setdefault((method, width), _describe(method, width, packed))
+                row.top1.append(score(network))
     return list(rows.values()), costs
+
+
+def quantize_by(
+    method: str, model: nn.Module, batches: Sequence[Tensor], bits: Sequence[int], seed: int
+) -> dict[int, tuple[nn.Module, Quantized | None]]:
+    """Return the quantized networks by bit width, and what is known of them if they are ours."""
+    if method in PEERS:
+        return {width: (quantize_brevitas(model, batches, width, method), None) for width in bits}
+    results = quantize(model, batches, bits, seed=seed, **METHODS[method])
+    return {width: (result.model, result) for width, result in results.items()}
 
 
 @torch.inference_mode()
@@ -123,7 +135,9 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, normalize: Callable[[
     return 100 * hits / len(labels)
 
 
-def _describe(method: str, bits: int, result: Quantized) -> Accuracy:
+def _describe(method: str, bits: int, result: Quantized | None) -> Accuracy:
+    if result is None:
+        return Accuracy(method, bits, 2**bits - 1, "", 0)
     recipes = sorted({f"{layer.solver}/{layer.codebook}" for layer in result.layers if layer.codebook})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "packed.safetensors"
