@@ -119,9 +119,9 @@ class CommandLine(LightningCLI):
 
     def _predictions_folder(self) -> Path:
         """Return the run folder that the weights lie in; weights from elsewhere get a folder of their own."""
-        weights = Path(self.config.predict.model.init_args.weights)
-        if weights.parent.name in ("checkpoints", "packed"):
-            return weights.parent.parent
+        version = Path(self.config.predict.model.init_args.weights).resolve().parent.parent
+        if version in versions(version.parent):
+            return version
         return Path(Dashboard(self.root, f"{self.run_name}-predicted").log_dir)
 
     def before_fit(self) -> None:

@@ -42,7 +42,7 @@ def run(args: Namespace) -> dict[str, Any]:
     if unknown:
         raise UserError(f"unknown method {min(unknown)!r}: choose from {', '.join(METHODS)}")
     mean, std = (tuple(values) if values else None for values in (args.mean, args.std))
-    trained = next(iter(load_trained(args.weights, args.network, mean, std).values()))
+    trained = next(iter(load_trained(args.weights, args.network, mean, std, option="").values()))
     data = CIFARDataModule(args.dataset, args.root, mean=trained.mean, std=trained.std)
     data.setup()
     model = trained.build()

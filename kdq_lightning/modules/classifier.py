@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from kdq_lightning.checkpoints import TrainedNetwork, load_state, load_trained
+from kdq_lightning.checkpoints import TrainedNetwork, grow_biases, load_state, load_trained, network_state
 from kdq_lightning.data.images import Batch
 from kdq_lightning.data.normalization import Statistics, renormalize
 from kdq_lightning.errors import UserError, check_range
@@ -63,7 +63,8 @@ class Classifier(LightningModule):
             learning_rate: Peak of the schedule, taken as it is, for the batch size of the config.
             weight_decay: L2 penalty on matrices and kernels; BatchNorm and biases have none.
             warmup: Share of the steps in which the learning rate rises linearly; it falls linearly to 0 after them.
-            weights: Trained weights to start from: a run folder, a checkpoint, or a plain `.safetensors` state dict.
+            weights: Trained weights to start from: a run folder, a checkpoint, a packed file, or a plain
+                `.safetensors` state dict.
             weights_mean: Channel means of the inputs that a plain state dict was trained on.
             weights_std: Their channel deviations.
             strategy: What records call this run.
@@ -170,8 +171,10 @@ class Classifier(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the statistics that the weights belong to."""
+        """Restore the weights' statistics, and make room for biases that came from a packed file."""
         self.mean, self.std = checkpoint["data"]["mean"], checkpoint["data"]["std"]
+        for name, network in self.networks().items():
+            grow_biases(network, network_state(checkpoint, name))
 
     # --- training
 

@@ -51,8 +51,8 @@ class Distillation(Classifier):
         """Name the teacher; it is loaded when training starts.
 
         Args:
-            teacher: A run folder (its newest finished version's best checkpoint), a checkpoint of ours, or a plain
-                `.safetensors` state dict. Of a run with several peers, the first one.
+            teacher: A run folder (its newest finished version's best checkpoint), a checkpoint of ours, a packed file,
+                or a plain `.safetensors` state dict. Of a run with several peers, the first one.
             teacher_network: The teacher's network, which a plain state dict doesn't say.
             teacher_mean: Channel means of the inputs that a plain state dict was trained on.
             teacher_std: Their channel deviations.
