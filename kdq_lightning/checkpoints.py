@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -136,10 +137,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(
-            f"{path} does not exist: give a run folder, a checkpoint or a .safetensors file"
-            f" (a run folder comes from `kdq fit --config configs/{path.name}.yaml`)"
-        )
+        hint = "" if path.suffix else f" (a run folder comes from `kdq fit --config configs/{path.name}.yaml`)"
+        raise UserError(f"{path} does not exist: give a run folder, a checkpoint or a .safetensors file{hint}")
     if (path / "checkpoints").is_dir():
         return _best_of(path)
     finished = [version for version in versions(path) if (version / FINISHED).exists()]
@@ -230,3 +229,24 @@ def _told_statistics(file: Path, told: Mapping[str, str], name: str) -> Statisti
     except (ValueError, TypeError) as error:
         raise UserError(f"the metadata of {file} has the {name} {told[name]!r}, not a JSON list of three") from error
     return red, green, blue
+
+
+def add_network_arguments(parser: ArgumentParser) -> None:
+    """Add what a command without a model must be told of a file that says nothing of itself."""
+    parser.add_argument("--network", type=str | None, help="Name of a plain state dict's network.")
+    parser.add_argument("--mean", type=float, nargs=3, help="Channel means of a plain state dict's inputs.")
+    parser.add_argument("--std", type=float, nargs=3, help="Channel deviations of a plain state dict's inputs.")
+
+
+def load_network(path: str | Path, options: Namespace) -> TrainedNetwork:
+    """Read the trained network that a path stands for; of a run with several peers, the first one.
+
+    Args:
+        path: What `load_trained` takes.
+        options: The values of `add_network_arguments`.
+
+    Raises:
+        UserError: If nothing is there, it can't be read, or it says too little of itself.
+    """
+    mean, std = (tuple(values) if values else None for values in (options.mean, options.std))
+    return next(iter(load_trained(path, options.network, mean, std, option="").values()))

@@ -1,16 +1,18 @@
 """The `kdq` command: LightningCLI for everything with a model, plain parsers for the rest."""
 
+import importlib
 import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from kdq_lightning.arguments import OneLineErrors
 from kdq_lightning.callbacks import RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.checkpoints import FINISHED, find_checkpoint, read_checkpoint, versions
 from kdq_lightning.dashboard import Dashboard
@@ -28,20 +30,22 @@ from kdq_lightning.trainer import Trainer
 STRATEGIES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning)
 SOURCES = (CIFARDataModule, ImageFolderDataModule, DigitsDataModule)
 
+MODEL_FREE = {
+    "bench": "kdq_lightning.bench.command",
+    "export": "kdq_lightning.export",
+}
+"""Commands with parsers of their own, imported when they are called."""
 
-class Parser(LightningArgumentParser):
-    """Says in one line what is wrong with an option, where jsonargparse prints every option there is."""
 
-    NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+class Parser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and leave with 2."""
-        lines = [line.strip(" -") for line in message.splitlines()]
-        sentence = " ".join(line for line in lines if line and not line.startswith(self.NOISE))
+    def hint(self, sentence: str) -> str:
+        """Name the classes there are where one is unknown."""
         for key, classes in (("model", STRATEGIES), ("data", SOURCES)):
             if f'key "{key}"' in sentence and "Expected a dot import path" in sentence:
-                sentence += f"; known: {', '.join(known.__name__ for known in classes)}"
-        self.exit(2, f"kdq: {sentence} (options: {self.prog.replace(' [options]', '')} --help)\n")
+                return f"; known: {', '.join(known.__name__ for known in classes)}"
+        return ""
 
 
 class CommandLine(LightningCLI):
@@ -152,10 +156,9 @@ def main(args: ArgsType = None) -> int:
     _quiet()
     arguments = sys.argv[1:] if args is None else args
     try:
-        if isinstance(arguments, list) and arguments[:1] == ["bench"]:
-            from kdq_lightning.bench.command import main as bench
-
-            return bench(arguments[1:])
+        if isinstance(arguments, list) and arguments and arguments[0] in MODEL_FREE:
+            command = importlib.import_module(MODEL_FREE[arguments[0]])
+            return int(command.main(arguments[1:]))
         CommandLine(
             Classifier,
             ImageDataModule,
@@ -167,7 +170,13 @@ def main(args: ArgsType = None) -> int:
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"prog": "kdq", "default_env": True, "env_prefix": "KDQ"},
+            parser_kwargs={
+                "prog": "kdq",
+                "description": "Distil image classifiers, quantize them, and compare at equal bytes.",
+                "epilog": f"Without a model: {', '.join(f'kdq {name}' for name in MODEL_FREE)}; each has --help.",
+                "default_env": True,
+                "env_prefix": "KDQ",
+            },
             args=args,
         )
     except Exception as error:
