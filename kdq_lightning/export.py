@@ -52,11 +52,16 @@ def to_state_dict(trained: TrainedNetwork) -> tuple[bytes, str]:
                 layer.bias = nn.Parameter(torch.zeros(len(layer.weight)))
         network.load_state_dict(state)
     """
-    state = {name: tensor.contiguous() for name, tensor in trained.build().state_dict().items()}
+    network = trained.build()
     own = build_network(trained.network, trained.num_classes).state_dict()
-    gained = [name for name in state if name not in own]
+    gained = [name for name in network.state_dict() if name not in own]
     remark = f"{len(gained)} biases gained by quantization, such as {gained[0]}" if gained else "float32"
-    return safetensors.torch.save(state), remark
+    return state_dict_bytes(network), remark
+
+
+def state_dict_bytes(network: nn.Module) -> bytes:
+    """Return the network's state dict as a safetensors file."""
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
 
 
 def to_onnx(trained: TrainedNetwork) -> tuple[bytes, str]:

@@ -10,6 +10,7 @@ SUBJECTS = {
     "data": "images/s of loader and augmentation",
     "step": "images/s of the Trainer against a bare loop",
     "quantization": "accuracy and seconds of GPFQ against the published code",
+    "evaluation": "images/s of a network, its packed file and its exports",
 }
 
 
