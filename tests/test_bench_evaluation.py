@@ -1,6 +1,7 @@
 """The benchmark of evaluation: each engine computes the network, figures are each other's, what is missing is named."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def test_onnxruntime_computes_the_network_in_float32_and_in_int8():
-    """int8 rounds visibly, and by little."""
+def test_onnxruntime_computes_the_network_in_float32_and_in_int8(caplog, capfd: pytest.CaptureFixture[str]):
+    """int8 rounds visibly, and by little; what the quantizer warns of stays off the terminal."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
@@ -35,6 +36,8 @@ def test_onnxruntime_computes_the_network_in_float32_and_in_int8():
     error = float((int8.evaluate(IMAGES) - expected).norm() / expected.norm())
     assert 1e-3 < error < 0.3
     assert 0.2 < int8.file_bytes / exact.file_bytes < 0.5
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not warnings and capfd.readouterr() == ("", "")
 
 
 def test_torch_computes_the_network_and_its_rounded_copy(nothing_installed: None):
