@@ -163,6 +163,7 @@ class CommandLine(LightningCLI):
             return
         folder = self.resumed.parent.parent
         self._refuse_another_run()
+        self.model.weights = None  # Lightning loads the checkpoint after setup; what the run began with may be gone
         if not (folder / FINISHED).exists():
             self.trainer.fit(**kwargs | {"ckpt_path": str(self.resumed)})
         elif self.quantization.enabled and not self.quantization.is_complete(folder, self.model.networks()):
