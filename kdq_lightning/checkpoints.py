@@ -1,11 +1,13 @@
-"""Trained networks on disk: a run folder, a checkpoint of ours or a plain state dict, all read into the same thing."""
+"""Trained networks on disk: run folders, checkpoints of ours, packed files, state dicts, all read into one thing."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -13,8 +15,16 @@ from torch import Tensor, nn
 from kdq_lightning.data.normalization import Statistics, check_statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import NETWORKS, build_network
+from kdq_lightning.quantization.packing import is_packed, unpack
 
 FINISHED = "finished"  # an empty file in a version's folder: its training came to its end
+
+FLAGS = {
+    "weights": ("--model.init_args.network", "--model.init_args.weights_mean", "--model.init_args.weights_std"),
+    "teacher": ("--model.init_args.teacher_network", "--model.init_args.teacher_mean", "--model.init_args.teacher_std"),
+    "": ("--network", "--mean", "--std"),
+}
+"""What the command line calls a network's name and the statistics of its inputs, by the option that names its file."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class TrainedNetwork:
         num_classes: Width of its last layer.
         mean: Channel means of the inputs that it expects, for images in [0, 1].
         std: Channel deviations of the inputs that it expects.
-        state: Its state dict.
+        state: Its state dict; it may hold biases that layers gained by quantization (see `grow_biases`).
         path: The file that it was read from.
     """
 
@@ -48,12 +58,32 @@ class TrainedNetwork:
         return module.eval()
 
 
+def packed_metadata(network: str, num_classes: int, mean: Statistics, std: Statistics, **more: str) -> dict[str, str]:
+    """Return what a packed file says of its network, so that the file is enough to use it.
+
+    Args:
+        network: Its name in `networks.NETWORKS`.
+        num_classes: Width of its last layer; a decimal number in the file.
+        mean: Channel means of its inputs, for images in [0, 1]; a JSON list in the file, as `std`.
+        std: Channel deviations of its inputs.
+        **more: What else a reader should know, as it is.
+    """
+    return {
+        "network": network,
+        "num_classes": str(num_classes),
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
+        **more,
+    }
+
+
 def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Load weights into a network; only BatchNorm's step counters may be missing.
 
     Raises:
         UserError: If a key is missing or unexpected, or a shape differs.
     """
+    grow_biases(module, state)
     own = module.state_dict()
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
@@ -63,6 +93,13 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise UserError(f"{path} does not fit the network: it {problem} {keys[0]}{more}; is it another network's?")
     module.load_state_dict({**own, **state})
+
+
+def grow_biases(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a bias of zeros to each layer that was built without and has one in `state`: moment matching adds them."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is None and f"{name}.bias" in state:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -81,6 +118,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def network_state(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Return the state dict of one of the networks in a checkpoint of ours, under the network's own keys."""
+    prefix = checkpoint["networks"][name]["prefix"]
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """Return the weights file that a path stands for: the file itself, or the best checkpoint of a run folder.
 
@@ -93,10 +137,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(
-            f"{path} does not exist: give a run folder, a checkpoint or a .safetensors file"
-            f" (a run folder comes from `kdq fit --config configs/{path.name}.yaml`)"
-        )
+        hint = "" if path.suffix else f" (a run folder comes from `kdq fit --config configs/{path.name}.yaml`)"
+        raise UserError(f"{path} does not exist: give a run folder, a checkpoint or a .safetensors file{hint}")
     if (path / "checkpoints").is_dir():
         return _best_of(path)
     finished = [version for version in versions(path) if (version / FINISHED).exists()]
@@ -131,44 +173,80 @@ def load_trained(
     """Read the trained networks that a path stands for, by name (`peer0`, ... for mutual learning, else the network's).
 
     Args:
-        path: A run folder, a checkpoint of ours, or a plain `.safetensors` state dict.
-        network: The network's name, which a plain state dict doesn't say.
-        mean: Channel means of the network's inputs, which a plain state dict doesn't say.
-        std: Channel deviations of the network's inputs, which a plain state dict doesn't say.
-        option: What the command line calls the path, for the error's sentence.
+        path: A run folder, a checkpoint of ours, a packed file, or a plain `.safetensors` state dict.
+        network: The network's name; what a file says of itself comes before this, `mean` and `std`.
+        mean: Channel means of the network's inputs.
+        std: Channel deviations of the network's inputs.
+        option: A key of `FLAGS`, for the error's sentence.
 
     Raises:
         UserError: If nothing is there, it can't be read, or it says too little of itself.
     """
     file = find_checkpoint(path)
-    if file.suffix == ".safetensors":
-        return _from_state_dict(file, network, mean, std, option)
+    if file.suffix == ".safetensors" or is_packed(file):
+        return _from_safetensors(file, network, mean, std, option)
     checkpoint = read_checkpoint(file)
     data = checkpoint["data"]
-    found = {}
-    for name, entry in checkpoint["networks"].items():
-        prefix = entry["prefix"]
-        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        found[name] = TrainedNetwork(entry["network"], data["num_classes"], data["mean"], data["std"], state, file)
-    return found
+    return {
+        name: TrainedNetwork(
+            entry["network"], data["num_classes"], data["mean"], data["std"], network_state(checkpoint, name), file
+        )
+        for name, entry in checkpoint["networks"].items()
+    }
 
 
-def _from_state_dict(
+def _from_safetensors(
     file: Path, network: str | None, mean: Statistics | None, std: Statistics | None, option: str
 ) -> dict[str, TrainedNetwork]:
+    state, told = unpack(file) if is_packed(file) else (_read_state_dict(file), {})
+    network = told.get("network", network)
+    mean, std = _told_statistics(file, told, "mean") or mean, _told_statistics(file, told, "std") or std
     if network is None or mean is None or std is None:
-        raise UserError(
-            f"{file} is a plain state dict and says nothing of itself: give its network and the statistics of its"
-            f" inputs (--model.init_args.network or .teacher_network, .{option}_mean and .{option}_std)"
-        )
-    check_statistics(f"{option}_mean", mean, f"{option}_std", std)
+        missing = [flag for flag, value in zip(FLAGS[option], (network, mean, std), strict=True) if value is None]
+        raise UserError(f"{file} says too little of its network: give {', '.join(missing)}")
+    check_statistics(FLAGS[option][1], mean, FLAGS[option][2], std)
     if network not in NETWORKS:
         raise UserError(f"unknown network {network!r}: choose one of {', '.join(NETWORKS)}")
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as safetensors ({error}); it is truncated or foreign") from error
     head = [value for value in state.values() if value.ndim == 2]
     if not head:
         raise UserError(f"{file} holds no linear layer, so it is no classifier's state dict")
     return {network: TrainedNetwork(network, len(head[-1]), mean, std, state, file)}
+
+
+def _read_state_dict(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read as safetensors ({error}); it is truncated or foreign") from error
+
+
+def _told_statistics(file: Path, told: Mapping[str, str], name: str) -> Statistics | None:
+    """Return a mean or deviation that a packed file's metadata holds as a JSON list; None if it holds none."""
+    if name not in told:
+        return None
+    try:
+        red, green, blue = map(float, json.loads(told[name]))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the metadata of {file} has the {name} {told[name]!r}, not a JSON list of three") from error
+    return red, green, blue
+
+
+def add_network_arguments(parser: ArgumentParser) -> None:
+    """Add what a command without a model must be told of a file that says nothing of itself."""
+    parser.add_argument("--network", type=str | None, help="Name of a plain state dict's network.")
+    parser.add_argument("--mean", type=float, nargs=3, help="Channel means of a plain state dict's inputs.")
+    parser.add_argument("--std", type=float, nargs=3, help="Channel deviations of a plain state dict's inputs.")
+
+
+def load_network(path: str | Path, options: Namespace) -> TrainedNetwork:
+    """Read the trained network that a path stands for; of a run with several peers, the first one.
+
+    Args:
+        path: What `load_trained` takes.
+        options: The values of `add_network_arguments`.
+
+    Raises:
+        UserError: If nothing is there, it can't be read, or it says too little of itself.
+    """
+    mean, std = (tuple(values) if values else None for values in (options.mean, options.std))
+    return next(iter(load_trained(path, options.network, mean, std, option="").values()))

@@ -1,16 +1,19 @@
 """The `kdq` command: LightningCLI for everything with a model, plain parsers for the rest."""
 
+import hashlib
+import importlib
 import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from kdq_lightning.arguments import OneLineErrors
 from kdq_lightning.callbacks import RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.checkpoints import FINISHED, find_checkpoint, read_checkpoint, versions
 from kdq_lightning.dashboard import Dashboard
@@ -23,35 +26,45 @@ from kdq_lightning.modules.dml import MutualLearning
 from kdq_lightning.modules.hint import HintKD
 from kdq_lightning.modules.mixup import MixupKD
 from kdq_lightning.modules.vanilla import VanillaKD
+from kdq_lightning.post_training import PostTrainingQuantization
+from kdq_lightning.results import config_hash, read_records
 from kdq_lightning.trainer import Trainer
 
 STRATEGIES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning)
 SOURCES = (CIFARDataModule, ImageFolderDataModule, DigitsDataModule)
 
+MODEL_FREE = {
+    "bench": "kdq_lightning.bench.command",
+    "export": "kdq_lightning.export",
+}
+"""Commands with parsers of their own, imported when they are called."""
 
-class Parser(LightningArgumentParser):
-    """Says in one line what is wrong with an option, where jsonargparse prints every option there is."""
 
-    NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+class Parser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and leave with 2."""
-        lines = [line.strip(" -") for line in message.splitlines()]
-        sentence = " ".join(line for line in lines if line and not line.startswith(self.NOISE))
+    def hint(self, sentence: str) -> str:
+        """Name the classes there are where one is unknown."""
         for key, classes in (("model", STRATEGIES), ("data", SOURCES)):
             if f'key "{key}"' in sentence and "Expected a dot import path" in sentence:
-                sentence += f"; known: {', '.join(known.__name__ for known in classes)}"
-        self.exit(2, f"kdq: {sentence} (options: {self.prog.replace(' [options]', '')} --help)\n")
+                return f"; known: {', '.join(known.__name__ for known in classes)}"
+        return ""
 
 
 class CommandLine(LightningCLI):
-    """`kdq fit, validate, test, predict`: LightningCLI with run folders that are named after their config."""
+    """`kdq fit, validate, test, predict, quantize`: LightningCLI with run folders named after their config."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Add `quantize` to Lightning's own."""
+        return {**LightningCLI.subcommands(), "quantize": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run's name, and let the data say how many classes there are."""
+        """Add the run's name and the post-fit callback, and let the data say how many classes there are."""
         parser.add_argument(
             "--name", type=str | None, default=None, help="Run folder; default: the config's file name."
         )
+        parser.add_lightning_class_args(PostTrainingQuantization, "quantization")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -96,8 +109,13 @@ class CommandLine(LightningCLI):
         callbacks = list(given) if isinstance(given, list) else [given]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(refresh_rate=20))
+        self.quantization: PostTrainingQuantization = self._get(self.config_init, "quantization")
         logger: Any = False
-        if self.subcommand == "fit":
+        if self.subcommand == "quantize":
+            logger = self._quantization_dashboard()
+            callbacks.append(RunFolder())
+        elif self.subcommand == "fit":
+            self.quantization.config_hash = config_hash(self.config.fit.as_dict())
             logger = self._dashboard() if config.get("logger") in (None, True) else config["logger"]
             callbacks.append(RunFolder())
             if config.get("enable_checkpointing") is not False:
@@ -117,19 +135,44 @@ class CommandLine(LightningCLI):
         number = int(version.name.removeprefix("version_"))
         return Dashboard(version.parent.parent, version.parent.name, number, self.checkpoint["global_step"])
 
+    def _quantization_dashboard(self) -> Dashboard:
+        """Return the logger of the newest version, if that is an unfinished one of this config and these weights."""
+        config = self.config.quantize
+        weights = Path(config.model.init_args.weights)
+        digest = hashlib.blake2b(weights.read_bytes(), digest_size=16).hexdigest()
+        self.quantization.config_hash = config_hash(config.as_dict(), weights=digest)
+        name = f"{self.run_name}-quantized"
+        newest = next(reversed(versions(self.root / name)), None)
+        if newest is None or (newest / FINISHED).exists():
+            return Dashboard(self.root, name)
+        if any(record.config_hash != self.quantization.config_hash for record in read_records(newest)):
+            return Dashboard(self.root, name)
+        return Dashboard(self.root, name, int(newest.name.removeprefix("version_")))
+
     def _predictions_folder(self) -> Path:
         """Return the run folder that the weights lie in; weights from elsewhere get a folder of their own."""
-        weights = Path(self.config.predict.model.init_args.weights)
-        if weights.parent.name in ("checkpoints", "packed"):
-            return weights.parent.parent
+        version = Path(self.config.predict.model.init_args.weights).resolve().parent.parent
+        if version in versions(version.parent):
+            return version
         return Path(Dashboard(self.root, f"{self.run_name}-predicted").log_dir)
 
-    def before_fit(self) -> None:
-        """Hand the checkpoint to Lightning, unless its run is finished or was another one."""
+    def fit(self, **kwargs: Any) -> None:
+        """Train; of a finished run, do only what quantization lacks."""
         if self.resumed is None:
+            self.trainer.fit(**kwargs)
             return
-        if (self.resumed.parent.parent / FINISHED).exists():
-            raise UserError(f"{self.resumed.parent.parent} is finished: nothing is left to train")
+        folder = self.resumed.parent.parent
+        self._refuse_another_run()
+        self.model.weights = None  # Lightning loads the checkpoint after setup; what the run began with may be gone
+        if not (folder / FINISHED).exists():
+            self.trainer.fit(**kwargs | {"ckpt_path": str(self.resumed)})
+        elif self.quantization.enabled and not self.quantization.is_complete(folder, self.model.networks()):
+            self.trainer.quantize(self.model, self.datamodule, str(self.resumed))  # type: ignore[attr-defined]
+        else:
+            raise UserError(f"{folder} is finished: nothing is left to train or to quantize")
+
+    def _refuse_another_run(self) -> None:
+        """Compare the checkpoint's plan with this command's."""
         self.model.trainer = self.trainer
         self.trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
         now = {**self.model.plan(), "num_classes": self.model.num_classes, "networks": self.model.network_names()}
@@ -144,7 +187,6 @@ class CommandLine(LightningCLI):
                     f"{self.resumed} was trained with {name} {then[name]}, this command says {value}:"
                     f" give the same, or leave --ckpt_path away"
                 )
-        self.config_init.fit.ckpt_path = str(self.resumed)
 
 
 def main(args: ArgsType = None) -> int:
@@ -152,10 +194,9 @@ def main(args: ArgsType = None) -> int:
     _quiet()
     arguments = sys.argv[1:] if args is None else args
     try:
-        if isinstance(arguments, list) and arguments[:1] == ["bench"]:
-            from kdq_lightning.bench.command import main as bench
-
-            return bench(arguments[1:])
+        if isinstance(arguments, list) and arguments and arguments[0] in MODEL_FREE:
+            command = importlib.import_module(MODEL_FREE[arguments[0]])
+            return int(command.main(arguments[1:]))
         CommandLine(
             Classifier,
             ImageDataModule,
@@ -167,7 +208,13 @@ def main(args: ArgsType = None) -> int:
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"prog": "kdq", "default_env": True, "env_prefix": "KDQ"},
+            parser_kwargs={
+                "prog": "kdq",
+                "description": "Distil image classifiers, quantize them, and compare at equal bytes.",
+                "epilog": f"Without a model: {', '.join(f'kdq {name}' for name in MODEL_FREE)}; each has --help.",
+                "default_env": True,
+                "env_prefix": "KDQ",
+            },
             args=args,
         )
     except Exception as error:

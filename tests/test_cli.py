@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdq_lightning.cli import main
@@ -194,7 +195,8 @@ def test_bad_input(
 
 BAD_TEACHERS = [
     ([], "configs/teacher_cpu.yaml"),
-    (["--model.init_args.teacher=weights.safetensors"], "says nothing of itself"),
+    (["--model.init_args.teacher=weights.safetensors"], "give --model.init_args.teacher_network, --model.init_args.t"),
+    (["--model.init_args.teacher=broken.safetensors"], "truncated or foreign"),
     (["--model.init_args.teacher=broken.ckpt"], "truncated or foreign"),
     (["--model.init_args.teacher={teacher}", "--model.init_args.teacher_network=resnet20"], "is a resnet8"),
     (["--model.init_args.teacher={teacher}", "--data.dataset=cifar100"], "10 classes"),
@@ -213,7 +215,8 @@ def test_bad_teacher(
     capsys: pytest.CaptureFixture[str],
 ):
     Path("broken.ckpt").write_bytes((teacher_run / "version_0/checkpoints/best.ckpt").read_bytes()[:5000])
-    Path("weights.safetensors").write_bytes(b"")
+    save_file(build_network("resnet8", 10).state_dict(), "weights.safetensors")
+    Path("broken.safetensors").write_bytes(Path("weights.safetensors").read_bytes()[:5000])
     arguments = [argument.format(teacher=teacher_run) for argument in arguments]
     assert failure(["fit", "--config", config("vanilla_cpu"), f"--data.root={images}", *FEW_STEPS, *arguments]) == 1
     error = capsys.readouterr().err
@@ -252,8 +255,6 @@ def test_folder_without_permission(images: Path, workspace: Path, capsys: pytest
 
 def test_plain_state_dict(images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
     """A state dict must say its network and statistics, by flags; then `--ckpt_path` may name it."""
-    from safetensors.torch import save_file
-
     save_file(build_network("resnet8", 10).state_dict(), "weights.safetensors")
     arguments = ["test", "--config", config("control_cpu"), f"--data.root={images}", *FEW_STEPS]
     arguments += ["--model.init_args.network=resnet8", "--ckpt_path=weights.safetensors"]

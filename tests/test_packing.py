@@ -17,7 +17,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization.alphabet import CODEBOOKS, QuantizedWeight, grid
 from kdq_lightning.quantization.bitstream import pack_codes, packed_size, unpack_codes, word_layout
-from kdq_lightning.quantization.packing import is_packed, load_packed, packed_bytes, read_metadata, save_packed
+from kdq_lightning.quantization.packing import is_packed, load_packed, packed_bytes, read_metadata, save_packed, unpack
 
 
 def random_weight(shape, codebook="int", bits=2, per_channel=True, seed=0) -> QuantizedWeight:
@@ -223,6 +223,17 @@ def test_shared_tensors(tmp_path, tied):
     assert torch.equal(loaded(inputs), network(inputs))
     assert loaded.again.weight is loaded.first.weight
     assert (loaded.embedding.weight is loaded.head.weight) == tied
+
+
+def test_unpack_gives_the_whole_state_dict(tmp_path):
+    """Under every name that a shared tensor has, with the gained biases, without BatchNorm's counters."""
+    for network in (Twice(), small_network()):
+        network, weights = quantized(network)
+        save_packed(tmp_path / "a", network, weights, {"network": "none of ours"})
+        state, metadata = unpack(tmp_path / "a")
+        expected = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
+        assert state.keys() == expected.keys() and metadata == {"network": "none of ours"}
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_a_tensor_shared_with_a_quantized_layer_is_stored_in_its_codes(tmp_path):

@@ -4,24 +4,23 @@ import importlib
 import json
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from kdq_lightning.arguments import OneLineErrors
 
 SUBJECTS = {
     "data": "images/s of loader and augmentation",
     "step": "images/s of the Trainer against a bare loop",
     "quantization": "accuracy and seconds of GPFQ against the published code",
+    "evaluation": "images/s of a network, its packed file and its exports",
 }
 
 
 def main(args: list[str]) -> int:
     """Run one benchmark, print its tables, and write its figures where `--json` says."""
-    parser = ArgumentParser(
-        prog="kdq bench", description="Throughput against the limit that the same process measures."
-    )
+    parser = OneLineErrors(prog="kdq bench", description="Throughput against the limit that the same process measures.")
     subcommands = parser.add_subcommands(dest="subject")
     modules = {name: importlib.import_module(f"kdq_lightning.bench.{name}") for name in SUBJECTS}
     for name, text in SUBJECTS.items():
-        subject = ArgumentParser(description=modules[name].__doc__)
+        subject = OneLineErrors(description=modules[name].__doc__)
         modules[name].add_arguments(subject)
         subject.add_argument("--json", type=Path | None, default=None, help="File that gets the figures.")
         subcommands.add_subcommand(name, subject, help=text)

@@ -12,7 +12,7 @@ from kdq_lightning.bench.measure import hardware, print_table
 from kdq_lightning.bench.peers import PEERS
 from kdq_lightning.bench.quantization_accuracy import METHODS, Accuracy, Cost, measure_accuracy
 from kdq_lightning.bench.quantization_speed import Speed, measure_speed
-from kdq_lightning.checkpoints import load_trained
+from kdq_lightning.checkpoints import add_network_arguments, load_network
 from kdq_lightning.data.datamodules import CIFARDataModule
 from kdq_lightning.errors import UserError
 
@@ -22,9 +22,7 @@ NAMES = (*METHODS, *PEERS)
 def add_arguments(parser: ArgumentParser) -> None:
     """Add what network to quantize, on which data, and how often."""
     parser.add_argument("--weights", type=Path, required=True, help="Run folder, checkpoint or plain state dict.")
-    parser.add_argument("--network", type=str | None, help="Name of a plain state dict's network.")
-    parser.add_argument("--mean", type=float, nargs=3, help="Channel means of a plain state dict's inputs.")
-    parser.add_argument("--std", type=float, nargs=3, help="Channel deviations of a plain state dict's inputs.")
+    add_network_arguments(parser)
     parser.add_argument("--dataset", type=str, default="cifar10", help="cifar10 or cifar100.")
     parser.add_argument("--root", type=Path, default=Path("data"), help="Folder that holds the data.")
     parser.add_argument("--bits", type=list[int], default=[2, 3, 4], help="Bit widths of the accuracies.")
@@ -44,8 +42,7 @@ def run(args: Namespace) -> dict[str, Any]:
     unknown = set(args.methods) - set(NAMES)
     if unknown:
         raise UserError(f"unknown method {min(unknown)!r}: choose from {', '.join(NAMES)}")
-    mean, std = (tuple(values) if values else None for values in (args.mean, args.std))
-    trained = next(iter(load_trained(args.weights, args.network, mean, std).values()))
+    trained = load_network(args.weights, args)
     data = CIFARDataModule(args.dataset, args.root, mean=trained.mean, std=trained.std)
     data.setup()
     model = trained.build()

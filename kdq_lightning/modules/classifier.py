@@ -13,13 +13,14 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from kdq_lightning.checkpoints import TrainedNetwork, load_state, load_trained
+from kdq_lightning.checkpoints import TrainedNetwork, grow_biases, load_state, load_trained, network_state
 from kdq_lightning.data.images import Batch
 from kdq_lightning.data.normalization import Statistics, renormalize
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.evaluation import build_metrics
 from kdq_lightning.losses import cross_entropy
 from kdq_lightning.modules.schedule import Cycle, one_cycle
+from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.networks import build_network
 
 Strategy = Literal["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml"]
@@ -63,7 +64,8 @@ class Classifier(LightningModule):
             learning_rate: Peak of the schedule, taken as it is, for the batch size of the config.
             weight_decay: L2 penalty on matrices and kernels; BatchNorm and biases have none.
             warmup: Share of the steps in which the learning rate rises linearly; it falls linearly to 0 after them.
-            weights: Trained weights to start from: a run folder, a checkpoint, or a plain `.safetensors` state dict.
+            weights: Trained weights to start from: a run folder, a checkpoint, a packed file, or a plain
+                `.safetensors` state dict.
             weights_mean: Channel means of the inputs that a plain state dict was trained on.
             weights_std: Their channel deviations.
             strategy: What records call this run.
@@ -101,6 +103,10 @@ class Classifier(LightningModule):
     def network_names(self) -> dict[str, str]:
         """Return the name in `networks.NETWORKS` of each of `networks()`."""
         return {self.network_name: self.network_name}
+
+    def find_teacher(self) -> Teacher | None:
+        """Return the teacher, whose answers quantized networks are compared with; None if there is none."""
+        return None
 
     def losses(self, images: Tensor, labels: Tensor) -> Losses:
         """Return the loss of a training batch and its parts: what a strategy is.
@@ -170,8 +176,10 @@ class Classifier(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the statistics that the weights belong to."""
+        """Restore the weights' statistics, and make room for biases that came from a packed file."""
         self.mean, self.std = checkpoint["data"]["mean"], checkpoint["data"]["std"]
+        for name, network in self.networks().items():
+            grow_biases(network, network_state(checkpoint, name))
 
     # --- training
 

@@ -1,11 +1,13 @@
 """Deep mutual learning: K peers without a teacher, each pulled towards the others' predictions."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kdq_lightning.checkpoints import TrainedNetwork
 from kdq_lightning.errors import UserError
 from kdq_lightning.losses import mutual_loss
 from kdq_lightning.modules.classifier import Classifier, Losses, Strategy
@@ -46,6 +48,16 @@ class MutualLearning(Classifier):
     def network_names(self) -> dict[str, str]:
         """Return each peer's architecture."""
         return {f"peer{i}": name for i, name in enumerate(self.peer_networks)}
+
+    def _load_networks(self, trained: Mapping[str, TrainedNetwork]) -> None:
+        """Take a file of one network, such as a packed peer, for that peer alone; training needs all of them."""
+        alone = next(iter(trained.values()))
+        if len(trained) == 1 and not self.fitting and alone.network in self.peer_networks:
+            self.peers = nn.ModuleList([self.peers[self.peer_networks.index(alone.network)]])
+            self.peer_networks = [alone.network]
+            self.metrics = {"peer0": self.metrics["peer0"]}
+            trained = {"peer0": alone}
+        super()._load_networks(trained)
 
     def losses(self, images: Tensor, labels: Tensor) -> Losses:
         """Σ_i of the peers' losses; each is logged apart."""

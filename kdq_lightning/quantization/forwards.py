@@ -5,6 +5,8 @@ at a time. So each small batch has a forward of its own, a coroutine that hands 
 layer, and goes on with the outputs that it is given. The network itself needs to know nothing of this.
 """
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -17,6 +19,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.gram import layers_of
 
 PART_IMAGES = 64  # few enough that the activations of a layer stay in a processor's cache
+LARGE = 8e6  # bytes of a part's activations from which the heap's holes matter more than the time to close them
 
 
 class Call(NamedTuple):
@@ -59,7 +62,10 @@ class Forwards:
         """Give each stream the outputs of its own layer, and run on to the next one."""
         for forwards, calls in zip(self._forwards, self._calls, strict=True):
             for i, (forward, layer) in enumerate(zip(forwards, layers, strict=True)):
-                calls[i] = forward.switch(layer(calls[i].inputs))
+                outputs = layer(calls[i].inputs)
+                calls[i] = forward.switch(outputs)
+                if outputs.nbytes > LARGE:
+                    give_back_memory()
         self.layer = self._agree()
 
     def _agree(self) -> str | None:
@@ -76,3 +82,11 @@ def _wait(name: str, inputs: Tensor) -> Tensor:
     assert walk is not None
     outputs: Tensor = walk.switch(Call(name, inputs))
     return outputs
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system: between aligned blocks that live on, glibc's heap keeps holes as large."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        if trim is not None:
+            trim(0)

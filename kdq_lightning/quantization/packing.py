@@ -91,9 +91,7 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
         UserError: If the file is missing, truncated, altered, not a packed file, or of another network.
     """
     tensors, _ = _read(Path(path))
-    layout = json.loads(zlib.decompress(tensors.pop(".layout").numpy().tobytes()))
-    layers = {name: _Layer(*entry) for name, entry in layout["layers"].items()}
-    values, aliases = _decode(tensors, layers, layout["floats"]), layout["aliases"]
+    values, aliases, layers = _decode(tensors)
     reason = _mismatch(model, values, aliases, layers)
     if reason:
         raise UserError(f"{path} holds another network than this {type(model).__name__}: {reason}")
@@ -103,6 +101,20 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
         owner, attribute = _owner(model, alias)
         setattr(owner, attribute, getattr(*_owner(model, name)))
     return model
+
+
+def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a packed file without a network to put it in.
+
+    Returns:
+        The state dict, weights dequantized to float32, with the biases that layers gained; and the metadata.
+
+    Raises:
+        UserError: If the file is missing, truncated, altered, or not a packed file.
+    """
+    tensors, metadata = _read(Path(path))
+    values, aliases, _ = _decode(tensors)
+    return {**values, **{alias: values[name] for alias, name in aliases.items()}}, metadata
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -212,10 +224,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _decode(
-    tensors: Mapping[str, Tensor], layers: Mapping[str, _Layer], floats: Mapping[str, list[int]]
-) -> dict[str, Tensor]:
-    """Turn a file's contents into the network's state by name, weights dequantized."""
+def _decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, _Layer]]:
+    """Turn a file's contents into the network's state by name, weights dequantized; aliases; the quantized layers."""
+    layout = json.loads(zlib.decompress(tensors[".layout"].numpy().tobytes()))
+    layers = {name: _Layer(*entry) for name, entry in layout["layers"].items()}
     values = {name: tensor for name, tensor in tensors.items() if not name.startswith(".")}
     codes, numbers = tensors[".codes"], tensors[".floats"]
     for name, layer in layers.items():
@@ -231,10 +243,10 @@ def _decode(
             bits=layer.bits,
         )
         values[f"{name}.weight"] = weight.dequantize()
-    for name, shape in floats.items():
+    for name, shape in layout["floats"].items():
         value, numbers = numbers.tensor_split([torch.Size(shape).numel()])
         values[name] = value.view(shape)
-    return values
+    return values, layout["aliases"], layers
 
 
 def _mismatch(
