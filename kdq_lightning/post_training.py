@@ -114,8 +114,16 @@ class PostTrainingQuantization(Callback):
         network, (mean, std) = run.network(name), run.statistics(name)
         bars.start(name, len({*missing, FLOAT_BITS}) * sum(len(split.labels) for split in run.splits.values()))
 
+        def on_images(count: int) -> None:
+            bars.images(count)
+            run.stop_if_terminated()
+
+        def on_layer(done: int, total: int, layer: str) -> None:
+            bars.layers(done, total)
+            run.stop_if_terminated()
+
         def measure(candidate: nn.Module) -> Found:
-            return {key: evaluate(candidate, split, mean, std, bars.images) for key, split in run.splits.items()}
+            return {key: evaluate(candidate, split, mean, std, on_images) for key, split in run.splits.items()}
 
         floats = measure(network)
         if FLOAT_BITS in missing:
@@ -126,7 +134,7 @@ class PostTrainingQuantization(Callback):
         with full_float32(run.device):
             images = normalize(run.calibration_share(self.calibration_images).to(run.device), mean, std)
             quantized = quantize(
-                network, [images], widths, solver=self.solver, codebook=self.codebook, progress=bars.layers
+                network, [images], widths, solver=self.solver, codebook=self.codebook, progress=on_layer
             )
         for width in widths:
             result = quantized.pop(width)  # so that its network goes when it is done

@@ -1,6 +1,7 @@
 """What the records of one run have in common: its weights, its images, its folder."""
 
 import copy
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
@@ -9,6 +10,7 @@ from typing import Any
 
 import safetensors.torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 import kdq_lightning
@@ -113,6 +115,15 @@ class QuantizedRun:
     def _trained(self) -> dict[str, TrainedNetwork]:
         """The networks of the best checkpoint; none if the module's own weights are the ones."""
         return {} if self.checkpoint is None else load_trained(self.checkpoint)
+
+    def stop_if_terminated(self) -> None:
+        """Leave, with code 143, if the process was told to: Lightning only notes SIGTERM, and acts while training.
+
+        Raises:
+            SIGTERMException: What Lightning raises then.
+        """
+        if self.trainer.received_sigterm:
+            raise SIGTERMException(128 + signal.SIGTERM)
 
     def network(self, name: str) -> nn.Module:
         """Return a copy of a network with its best weights, in float32 and eval mode, on the device."""

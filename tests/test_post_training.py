@@ -3,9 +3,11 @@
 import copy
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -236,6 +238,23 @@ def test_killed_and_resumed(write: int, run: Path, widths: list[list[int]], monk
     assert widths == ([left] if left else [])
     assert table(run) == expected and contents(run) == files
     assert main(["fit", *QUICK, "--ckpt_path=last"]) == 1  # nothing is left
+
+
+def test_terminated(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """SIGTERM, which Lightning only notes, ends the command with 143 before the next image or layer."""
+    forget(run)
+    real = kdq_lightning.results.write_atomically
+
+    def terminate(path: Path, content: bytes) -> None:
+        real(path, content)
+        if path.name == "quantized.csv":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(kdq_lightning.results, "write_atomically", terminate)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *QUICK, "--ckpt_path=last"])
+    assert stop.value.code == 143
+    assert [record.bits for record in read_records(run)] == [32]
 
 
 def test_lost_packed_file_is_written_again(run: Path, widths: list[list[int]]):
