@@ -60,8 +60,8 @@ class QuantizedRun:
         self.device = trainer.strategy.root_device
         self.trainer, self.module, self.config_hash = trainer, module, config_hash
         self.data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        has_checkpoint = (self.folder / "checkpoints").is_dir()
-        self.checkpoint = find_checkpoint(self.folder) if has_checkpoint else None
+        kept = any((self.folder / "checkpoints" / name).is_file() for name in ("best.ckpt", "last.ckpt"))
+        self.checkpoint = find_checkpoint(self.folder) if kept else None
         self.splits, self.partial = self._splits(test)
         if not self.splits:
             raise UserError("there is neither a validation nor a test image to evaluate on: give data.val_size")

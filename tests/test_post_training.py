@@ -21,9 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import kdq_lightning.quantization.packing
 import kdq_lightning.results
 from kdq_lightning import post_training
+from kdq_lightning.callbacks import checkpoint_callbacks
 from kdq_lightning.checkpoints import load_trained
 from kdq_lightning.cli import main
-from kdq_lightning.data.datamodules import DigitsDataModule
+from kdq_lightning.dashboard import Dashboard
+from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.networks import build_network
@@ -309,11 +311,10 @@ def test_the_trained_module_stays_as_it_is(workspace: Path):
             super().on_train_end(trainer, pl_module)
             snapshots.append((before, (pl_module.state_dict(), pl_module.training)))
 
-    from kdq_lightning.dashboard import Dashboard
-
     trainer = Trainer(
         accelerator="cpu", max_epochs=1, limit_train_batches=3, enable_progress_bar=False,
-        logger=Dashboard("runs", "mine"), callbacks=[Watch(bits=(4,), calibration_images=32)],
+        logger=Dashboard("runs", "mine"),
+        callbacks=[Watch(bits=(4,), calibration_images=32), *checkpoint_callbacks()],
     )  # fmt: skip
     trainer.fit(module, data)
     (before, mode), (after, mode_after) = snapshots[0]
@@ -444,8 +445,6 @@ def test_teacher(images: Path, teacher_run: Path, workspace: Path):
     version = Path("runs/vanilla_cpu/version_0")
     record = read_records(version)[-1]
     assert record.bits == 32 and record.strategy == "vanilla"
-    from kdq_lightning.data.datamodules import CIFARDataModule
-
     data = CIFARDataModule(root=str(images), val_size=0.2)
     data.setup()
     inputs = data.normalize(data.test_set.images)
