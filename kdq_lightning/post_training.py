@@ -149,4 +149,6 @@ class PostTrainingQuantization(Callback):
         console = Console()
         console.print(terminal_table(results.records))
         console.print(f"records and packed files: {run.folder}", soft_wrap=True)
-        console.print(f"curves: tensorboard --logdir {run.folder.parent.parent}", soft_wrap=True)
+        console.print(
+            f"curves (take the smoothing away): tensorboard --logdir {run.folder.parent.parent}", soft_wrap=True
+        )
