@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from kdq_lightning.results import FLOAT_BITS, Record
 
@@ -26,11 +27,14 @@ def accuracy_figure(curves: Mapping[str, Sequence[Record]]) -> Figure:
             if record.bits == FLOAT_BITS and record.top1 is not None:
                 by_bits.axhline(record.top1, color=f"C{i}", linestyle="--", linewidth=1)
                 by_bytes.plot(record.packed_bytes / 1000, record.top1, color=f"C{i}", marker="*", markersize=10)
-    by_bits.set(xlabel="bits a weight", ylabel="top-1 accuracy (%)")
+    by_bits.set(xlabel="bits a weight (dashed: float32)", ylabel="top-1 accuracy (%)")
     by_bits.set_xticks(sorted({r.bits for rs in curves.values() for r in rs if r.bits != FLOAT_BITS}))
-    by_bytes.set(xlabel="packed file (kB); ★ float32", xscale="log")
+    by_bytes.set(xlabel="packed file (kB; ★: float32)", xscale="log")
+    by_bytes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    by_bytes.xaxis.set_major_formatter("{x:g}")
+    by_bytes.xaxis.set_minor_formatter(NullFormatter())
     for axes in (by_bits, by_bytes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    by_bits.legend(frameon=False, loc="lower right")
+    by_bits.legend(frameon=False)
     return figure

@@ -10,6 +10,7 @@ from torch import nn
 from kdq_lightning.cli import main
 from kdq_lightning.data.datamodules import DigitsDataModule
 from kdq_lightning.modules.classifier import Classifier
+from kdq_lightning.results import read_correct, read_records
 from kdq_lightning.trainer import Trainer
 from tests.conftest import FEW_STEPS, config
 
@@ -68,6 +69,26 @@ def test_same_metrics_of_one_checkpoint(workspace: Path, capfd: pytest.CaptureFi
     assert len(one) == 10
     for name, value in one.items():
         assert two[name] == (value if "top" in name else pytest.approx(value, rel=1e-4)), name
+
+
+def test_same_quantized_table(workspace: Path):
+    """Quantized on one rank and on two: every row and every vector is the same to the last image."""
+    quick = ["--config", config("quickstart"), "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    quick += ["--model.networks=[resnet8,resnet8]", "--quantization.bits=[2,4]", "--data.val_size=99"]
+    quick += ["--quantization.calibration_images=128"]
+    assert main(["fit", *quick, "--trainer.max_epochs=2"]) == 0
+    assert main(["quantize", *quick, "--ckpt_path=runs/quickstart", *TWO]) == 0
+    one, two = Path("runs/quickstart/version_0"), Path("runs/quickstart-quantized/version_0")
+    inexact = {"nll", "ece", "relative_error"}  # sums of float32 outputs, whose last digits depend on the batch
+    records = [[vars(record) for record in read_records(version)] for version in (one, two)]
+    assert len(records[0]) == len(records[1]) == 6
+    for mine, theirs in zip(*records, strict=True):
+        for name in mine.keys() - {"run", "config_hash", "seconds"}:
+            expected = pytest.approx(mine[name], rel=1e-5) if name in inexact and mine[name] else mine[name]
+            assert theirs[name] == expected, (mine["peer"], mine["bits"], name)
+    vectors = read_correct(one), read_correct(two)
+    assert vectors[0].keys() == vectors[1].keys() and len(vectors[0]) == 12
+    assert all(torch.equal(vector, vectors[1][key]) for key, vector in vectors[0].items())
 
 
 @pytest.mark.parametrize("strategy", ["control", "vanilla", "mixup", "dkd", "hint", "dml"])
