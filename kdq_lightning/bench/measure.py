@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+WIDTH = 140  # columns of a table that goes into a file
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -74,4 +76,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(name, justify="right" if place else "left")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    console.print(table)
