@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.significance import holm, mcnemar, mean_and_deviation, paired_bootstrap
+from kdq_lightning.report.significance import holm, mcnemar, mean_and_deviation, paired_bootstrap
 
 
 def classifiers(images: int, runs: int, accuracy: float, seed: int) -> np.ndarray:
