@@ -1,5 +1,6 @@
 """Trained networks on disk: a run folder, a checkpoint of ours or a plain state dict, all read into the same thing."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,25 @@ class TrainedNetwork:
         module = build_network(self.network, self.num_classes)
         load_state(module, self.state, self.path)
         return module.eval()
+
+
+def packed_metadata(network: str, num_classes: int, mean: Statistics, std: Statistics, **more: str) -> dict[str, str]:
+    """Return what a packed file says of its network, so that the file is enough to use it.
+
+    Args:
+        network: Its name in `networks.NETWORKS`.
+        num_classes: Width of its last layer; a decimal number in the file.
+        mean: Channel means of its inputs, for images in [0, 1]; a JSON list in the file, as `std`.
+        std: Channel deviations of its inputs.
+        **more: What else a reader should know, as it is.
+    """
+    return {
+        "network": network,
+        "num_classes": str(num_classes),
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
+        **more,
+    }
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
