@@ -1,5 +1,6 @@
 """The `kdq` command: LightningCLI for everything with a model, plain parsers for the rest."""
 
+import importlib
 import logging
 import sys
 import warnings
@@ -27,6 +28,14 @@ from kdq_lightning.trainer import Trainer
 
 STRATEGIES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning)
 SOURCES = (CIFARDataModule, ImageFolderDataModule, DigitsDataModule)
+
+
+MODEL_FREE = {
+    "bench": "kdq_lightning.bench.command",
+    "report": "kdq_lightning.report.command",
+    "study": "kdq_lightning.study.command",
+}
+"""Commands with parsers of their own, imported when they are called."""
 
 
 class Parser(LightningArgumentParser):
@@ -152,10 +161,9 @@ def main(args: ArgsType = None) -> int:
     _quiet()
     arguments = sys.argv[1:] if args is None else args
     try:
-        if isinstance(arguments, list) and arguments[:1] == ["bench"]:
-            from kdq_lightning.bench.command import main as bench
-
-            return bench(arguments[1:])
+        if isinstance(arguments, list) and arguments and arguments[0] in MODEL_FREE:
+            command = importlib.import_module(MODEL_FREE[arguments[0]])
+            return int(command.main(arguments[1:]))
         CommandLine(
             Classifier,
             ImageDataModule,

@@ -56,7 +56,7 @@ class McNemar(NamedTuple):
 
 def paired_bootstrap(
     first: NDArray[np.integer] | NDArray[np.bool_],
-    second: NDArray[np.integer] | NDArray[np.bool_],
+    second: NDArray[np.integer] | NDArray[np.bool_] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
@@ -70,14 +70,16 @@ def paired_bootstrap(
 
     Args:
         first: (runs, images), 0 or 1 for wrong or right; or differences of such, -1 to 1.
-        second: (other runs, the same images), likewise.
+        second: (other runs, the same images), likewise; None compares `first` with 0.
         resamples: How many; the smallest p-value is 2 / (resamples + 1).
         seed: Of the resamples.
 
     Raises:
         UserError: If there are no images, or the two sides have other numbers of them.
     """
-    first, second = np.atleast_2d(first), np.atleast_2d(second)
+    first = np.atleast_2d(first)
+    runs = len(first) if second is None else min(len(first), len(np.atleast_2d(second)))
+    second = np.zeros_like(first[:1]) if second is None else np.atleast_2d(second)
     if first.shape[1] != second.shape[1] or not first.size or not second.size:
         raise UserError(
             f"a paired test needs the same images on both sides, got {first.shape[1]} and {second.shape[1]}:"
@@ -100,7 +102,7 @@ def paired_bootstrap(
     # Sums of a few products round differently from 0: an exact tie must count on both sides.
     beyond = min((differences <= 1e-12).sum(), (differences >= -1e-12).sum())
     p = min(1.0, 2 * (int(beyond) + 1) / (resamples + 1))
-    return Difference(100 * observed, 100 * float(low), 100 * float(high), p, min(len(first), len(second)))
+    return Difference(100 * observed, 100 * float(low), 100 * float(high), p, runs)
 
 
 def _draw_runs(generator: np.random.Generator, runs: int, size: int) -> NDArray[np.float64]:
