@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kdq_lightning.results import FLOAT_BITS
 
@@ -103,10 +103,9 @@ def plot_by_bytes(
     for curve, style in zip(curves, _styles(curves), strict=True):
         axes.errorbar(curve.x, curve.y, curve.errors, label=curve.label, capsize=2, **style)
     axes.set_xscale("log")
-    for axis_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        axis_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
-    axes.tick_params(axis="x", which="minor", labelsize=7)
-    axes.tick_params(axis="x", which="both", rotation=30)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("bytes of the file")
     _legend(axes, len(curves) + bool(front))
     return figure

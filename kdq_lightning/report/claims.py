@@ -14,6 +14,8 @@ from kdq_lightning.results import FLOAT_BITS
 
 VERDICTS = {1: "drops more sharply than the teacher", -1: "drops less than the teacher", 0: "not distinguishable"}
 
+RESAMPLES = 2000  # there are some hundred such tests
+
 NEAR = 1.0  # points below float that count as "nearly match"
 
 
@@ -53,7 +55,7 @@ def drops(rows: Sequence[Row]) -> list[Drop]:
                 continue
             versus = [_versus(row, bits, own, whole, strategy) for strategy in ("control", "teacher")]
             published = published_drop(row.dataset, row.strategy, bits)
-            row_drops.append(Drop(row, bits, paired_bootstrap(own), published, *versus))
+            row_drops.append(Drop(row, bits, paired_bootstrap(own, resamples=RESAMPLES), published, *versus))
         found += _adjusted(row_drops)
     return found
 
@@ -79,7 +81,7 @@ def _versus(row: Row, bits: int, own: NDArray[np.int8], rows: Sequence[Row], str
 
     reference = losses(max(others, key=likeness), bits)
     assert reference is not None
-    return paired_bootstrap(own, reference) if reference.shape[1] == own.shape[1] else None
+    return paired_bootstrap(own, reference, RESAMPLES) if reference.shape[1] == own.shape[1] else None
 
 
 def _adjusted(row_drops: list[Drop]) -> list[Drop]:
@@ -95,13 +97,14 @@ def _adjusted(row_drops: list[Drop]) -> list[Drop]:
 
 def format_difference(difference: Difference, with_p: bool = True) -> str:
     """Return "+1.20 [+0.50, +1.90], p = 0.001"."""
-    text = f"{difference.points:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+    points, low, high = (round(value, 2) + 0.0 for value in difference[:3])  # + 0.0: no "-0.00"
+    text = f"{points:+.2f} [{low:+.2f}, {high:+.2f}]"
     return f"{text}, {format_p(difference.p)}" if with_p else text
 
 
 def format_p(p: float) -> str:
-    """Return "p = 0.0123": as many digits as tell it from 0."""
-    return f"p = {p:.3f}" if p >= 0.001 else f"p = {p:.4f}"
+    """Return "p = 0.012", "p = 2e-07"."""
+    return f"p = {p:.3f}" if p >= 0.001 else f"p = {p:.1g}"
 
 
 def sharper_drop(found: Sequence[Drop], rows: Sequence[Row]) -> list[str]:
@@ -113,21 +116,15 @@ def sharper_drop(found: Sequence[Drop], rows: Sequence[Row]) -> list[str]:
             continue
         claimed = SHARPER_DROP.get(tested[0].row.dataset, ())
         parts = []
-        for verdict, what in (
-            (1, "drops more sharply than the teacher"),
-            (-1, "drops less"),
-            (0, "not distinguishable"),
-        ):
+        for verdict, what in VERDICTS.items():
             chosen = [drop for drop in tested if _sign(drop.versus_teacher) == verdict]
-            if chosen:
-                numbers = "; ".join(
-                    f"{drop.bits} bits{' (claimed)' if drop.bits in claimed else ''}: "
-                    f"{format_difference(drop.versus_teacher)}"
-                    for drop in chosen
-                    if drop.versus_teacher
-                )
-                parts.append(f"{what} at {numbers}")
-        sentences.append(f"{row}: {'. '.join(parts)}.")
+            numbers = "; ".join(
+                f"{drop.bits} bits{' (claimed)' if drop.bits in claimed else ''} {format_difference(test)}"
+                for drop in chosen
+                if (test := drop.versus_teacher)
+            )
+            parts += [f"{what} at {numbers}"] if chosen else []
+        sentences.append(f"{row} {'; '.join(parts)}.")
     return sentences
 
 
@@ -145,12 +142,12 @@ def nearly_float(found: Sequence[Drop]) -> list[str]:
         smallest = next((drop for drop in own if drop.own.points <= NEAR), None)
         certain = next((drop for drop in own if drop.own.high <= NEAR), None)
         most = own[-1]
-        text = f"{label}: at {most.bits} bits it loses {format_difference(most.own, with_p=False)} points"
+        text = f"{label} loses, at {most.bits} bits, {format_difference(most.own, with_p=False)} points"
         if smallest is None:
             text += f"; no bit width is within {NEAR:g} point of float"
         else:
             text += f"; the smallest bit width within {NEAR:g} point of float is {smallest.bits} bits"
             text += f" ({format_difference(smallest.own, with_p=False)})"
-            text += f", with its whole interval {certain.bits} bits" if certain else ", with its whole interval none"
+            text += f", and with its whole interval {f'{certain.bits} bits' if certain else 'none'}"
         sentences.append(f"{text}.")
     return sentences

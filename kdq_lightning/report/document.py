@@ -1,6 +1,6 @@
 """The report itself: what is said, in which order, and the files beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from kdq_lightning.figures import render
@@ -8,7 +8,7 @@ from kdq_lightning.report.answer import Duel, File, duels_by_budget, duels_by_fi
 from kdq_lightning.report.claims import Drop, drops, format_difference, format_p, nearly_float, sharper_drop
 from kdq_lightning.report.pictures import figures_of
 from kdq_lightning.report.published import WINNER
-from kdq_lightning.report.rows import Row
+from kdq_lightning.report.rows import TITLES, Row
 from kdq_lightning.report.sentences import VERDICTS, Wishes, answer, over_all, shipped, verdict
 from kdq_lightning.report.tables import (
     MISSING,
@@ -17,6 +17,7 @@ from kdq_lightning.report.tables import (
     cells_csv,
     format_cell,
     table_by_bits,
+    table_of_bytes,
     to_csv,
     to_latex,
     to_markdown,
@@ -101,15 +102,19 @@ def _section(
     files[f"accuracy_{dataset}.csv"] = to_csv(accuracy).encode()
     files[f"accuracy_{dataset}.tex"] = to_latex(accuracy, f"Top-1 accuracy on {dataset}, percent").encode()
     files[f"cells_{dataset}.csv"] = cells_csv(rows).encode()
-    for name, figure in figures_of(dataset, rows).items():
+    figures = figures_of(dataset, rows)
+    for name, figure in figures.items():
         for kind in ("svg", "png"):
             files[f"{name}_{dataset}.{kind}"] = render(figure, kind)
     brackets = " In brackets the published accuracy and the difference from it." if wishes.published else ""
-    seeds = "; ".join(f"{row.label}: {', '.join(map(str, row.seeds))}" for row in rows)
+    absent = [
+        title for strategy, title in TITLES.items() if strategy not in {*(row.strategy for row in rows), "recover"}
+    ]
     blocks = [
         f"## {dataset}",
-        f"Test accuracy; the best of a column in bold.{brackets} Seeds: {seeds}.",
+        f"Test accuracy; the best of a column in bold.{brackets} Seeds: {_seeds(rows)}.",
         to_markdown(accuracy),
+        *([f"Without any record: {', '.join(absent)}."] if absent else []),
         f"![Accuracy against bit width](accuracy_vs_bits_{dataset}.svg)",
         f"![Accuracy against bytes](accuracy_vs_bytes_{dataset}.svg)",
         "### Equal bytes",
@@ -119,21 +124,39 @@ def _section(
         "Points lost from float to b bits, and that minus the control's and the teacher's loss.",
         to_markdown(_drop_table(lost)),
         "### Bytes of the files",
-        to_markdown(table_by_bits(rows, "packed_bytes", decimals=0)),
-        "### Fidelity",
-        "Test images with the teacher's class, percent:",
-        to_markdown(table_by_bits(rows, "agreement_teacher", best=max)),
-        f"![Agreement with the teacher](fidelity_{dataset}.svg)",
-        "Test images right in float and wrong at b bits, or the other way round (flips), percent:",
-        to_markdown(table_by_bits(rows, "flips", best=min)),
-        "Expected calibration error, percent:",
-        to_markdown(table_by_bits(rows, "ece", best=min)),
-        "### Layers",
-        "Relative error of the layers' outputs on the calibration images, mean over layers:",
-        to_markdown(table_by_bits(rows, "relative_error", decimals=4, best=min)),
-        f"![Relative layer error](layer_error_{dataset}.svg)",
+        to_markdown(table_of_bytes(rows)),
+        *_measures(dataset, rows, figures),
     ]
     return "\n\n".join(blocks)
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    """Return the seeds of each row, once if they are the same."""
+    of_rows = {row.label: ", ".join(map(str, row.seeds)) for row in rows}
+    if len(set(of_rows.values())) == 1:
+        return next(iter(of_rows.values()))
+    return "; ".join(f"{label} {seeds}" for label, seeds in of_rows.items())
+
+
+MEASURES = {
+    "agreement_teacher": ("Test images that get the teacher's class, percent", 2, max),
+    "flips": ("Flips: test images right in float and wrong at b bits, or the other way round, percent", 2, min),
+    "ece": ("Expected calibration error, percent", 2, min),
+    "relative_error": ("Relative error of the layers' outputs on the calibration images, mean over layers", 4, min),
+}
+"""Numbers of the records that have a table of their own: caption, decimals, and what is best."""
+
+
+def _measures(dataset: str, rows: Sequence[Row], figures: Collection[str]) -> list[str]:
+    """Return fidelity, calibration and layer error, of the rows that have them."""
+    blocks = ["### Fidelity"]
+    for field, (caption, decimals, best) in MEASURES.items():
+        known = [row for row in rows if any(cell.mean(field) is not None for cell in row.cells.values())]
+        if known:
+            blocks += [f"{caption}:", to_markdown(table_by_bits(known, field, decimals, best))]
+        if field in figures:
+            blocks.append(f"![{caption}]({field}_{dataset}.svg)")
+    return blocks
 
 
 def _duel_table(duels: Sequence[Duel]) -> Table:

@@ -10,18 +10,19 @@ from kdq_lightning.report.rows import Row
 
 
 def figures_of(dataset: str, rows: Sequence[Row]) -> dict[str, Figure]:
-    """Return the figures of a data set by name."""
+    """Return the figures of a data set by name: accuracy against bits and bytes, and what else the records tell."""
     accuracy = "test accuracy, %"
-    return {
+    figures = {
         "accuracy_vs_bits": plot_by_bits(curves_by_bits(rows, "test_top1"), accuracy, dataset),
         "accuracy_vs_bytes": plot_by_bytes(curves_by_bytes(rows), front_of(rows), accuracy, dataset),
-        "fidelity": plot_by_bits(
-            curves_by_bits(rows, "agreement_teacher"), "images with the teacher's class, %", dataset
-        ),
-        "layer_error": plot_by_bits(
-            curves_by_bits(rows, "relative_error"), "relative error of layer outputs", dataset, log=True
-        ),
     }
+    for field, (what, log) in {
+        "agreement_teacher": ("images with the teacher's class, %", False),
+        "relative_error": ("relative error of layer outputs", True),
+    }.items():
+        if curves := curves_by_bits(rows, field):
+            figures[field] = plot_by_bits(curves, what, dataset, log)
+    return figures
 
 
 def curves_by_bits(rows: Sequence[Row], field: str) -> list[Curve]:

@@ -231,10 +231,10 @@ def _in_seed_order(group: Iterable[Measurement]) -> tuple[Measurement, ...]:
 def _in_order(rows: Iterable[Row]) -> list[Row]:
     strategies = list(TITLES)
 
-    def place(row: Row) -> tuple[int, str, str, str, list[int]]:
+    def place(row: Row) -> tuple[int, str, str, str, str, list[int]]:
         known = strategies.index(row.strategy) if row.strategy in TITLES else len(strategies)
         hashes = sorted(m.record.config_hash for cell in row.cells.values() for m in cell.measurements)
-        return known, row.strategy, row.network, row.run + hashes[0], row.seeds
+        return known, row.strategy, row.network, row.run, hashes[0], row.seeds
 
     return sorted(rows, key=place)
 

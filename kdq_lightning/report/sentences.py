@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from kdq_lightning.figures import format_bytes
 from kdq_lightning.report.answer import Duel, choose_measurement, merge_ranges
-from kdq_lightning.report.claims import format_p
+from kdq_lightning.report.claims import format_difference, format_p
 from kdq_lightning.report.rows import Row
 from kdq_lightning.report.tables import MISSING
 
@@ -59,27 +59,20 @@ def _range_sentence(group: Sequence[Duel]) -> str:
         if side is None or not alone:
             return f"{span}: not tested, the right answers are missing."
         return f"{span} only the {'student' if first.student else 'teacher'} fits."
-    points = [duel.difference.points for duel in group if duel.difference]
     chances = [duel.p for duel in group if duel.p is not None]
     if first.winner:
-        sign = 1 if first.winner == "student" else -1
-        ends = sorted(sign * value for value in points)
-        span += f" the {first.winner} is better by {_ends(ends)} points"
-        return f"{span} ({_at_most(chances)}): {_pairs(group)}."
-    return f"{span} not distinguishable, student minus teacher {_ends(sorted(points))} points ({_at_least(chances)})."
+        at_most = " at most" if len(set(chances)) > 1 else ""
+        span += f" the {first.winner} is better, student minus teacher {_points(group)}"
+        return f"{span}, {format_p(max(chances))}{at_most}: {_pairs(group)}."
+    at_least = " at least" if len(set(chances)) > 1 else ""
+    return f"{span} not distinguishable, student minus teacher {_points(group)}, {format_p(min(chances))}{at_least}."
 
 
-def _ends(values: Sequence[float]) -> str:
-    texts = list(dict.fromkeys(f"{value:.2f}" for value in (values[0], values[-1])))
-    return " to ".join(texts)
-
-
-def _at_most(chances: Sequence[float]) -> str:
-    return format_p(max(chances)) + (" at most" if len(chances) > 1 else "")
-
-
-def _at_least(chances: Sequence[float]) -> str:
-    return format_p(min(chances)) + (" at least" if len(chances) > 1 else "")
+def _points(group: Sequence[Duel]) -> str:
+    """Return the smallest and the largest difference of a range, each with its interval."""
+    found = sorted({duel.difference for duel in group if duel.difference})
+    ends = [found[0], found[-1]] if len(found) > 1 else found
+    return " to ".join(format_difference(difference, with_p=False) for difference in ends) + " points"
 
 
 def _pairs(group: Sequence[Duel]) -> str:

@@ -32,6 +32,14 @@ def bit_widths(rows: Sequence[Row]) -> list[int]:
     return sorted({*PUBLISHED_BITS, *(bits for row in rows for bits in row.cells)})
 
 
+def table_of_bytes(rows: Sequence[Row]) -> Table:
+    """Return the sizes of the files."""
+    widths = bit_widths(rows)
+    texts = [[f"{row.cells[bits].packed_bytes:,}" if bits in row.cells else MISSING for bits in widths] for row in rows]
+    header = ["", *(_heading(bits, []) for bits in widths)]
+    return Table(header, [[Entry(row.label), *map(Entry, line)] for row, line in zip(rows, texts, strict=True)])
+
+
 def table_by_bits(
     rows: Sequence[Row],
     field: str,
@@ -39,7 +47,7 @@ def table_by_bits(
     best: Callable[[list[float]], float] | None = None,
     published: bool = False,
 ) -> Table:
-    """Return a table of a number of the records: mean ± deviation over seeds.
+    """Return a table of a number of the records: mean ± deviation over seeds. The only row has no best.
 
     Args:
         rows: Of one data set.
@@ -76,7 +84,7 @@ def _column(
     means = [None if cell is None else cell.mean(field) for cell in cells]
     # Rounded first: what looks equal is equally good.
     known = [round(mean, decimals) for mean in means if mean is not None]
-    top = best(known) if best and known else None
+    top = best(known) if best and len(set(known)) > 1 else None
     entries = []
     for row, cell, mean in zip(rows, cells, means, strict=True):
         text = MISSING if cell is None else format_cell(cell, field, decimals)
