@@ -15,6 +15,9 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from kdq_lightning.checkpoints import FINISHED
 from kdq_lightning.files import write_atomically
+from kdq_lightning.results import RECORDS
+
+KEPT = ("checkpoints", RECORDS)  # a folder that holds one of them stays when its run fails
 
 
 def checkpoint_callbacks() -> list[ModelCheckpoint]:
@@ -27,16 +30,16 @@ def checkpoint_callbacks() -> list[ModelCheckpoint]:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the whole configuration beside a training run; other commands leave no file."""
+    """Keeps the whole configuration in a run folder; commands that make none leave no file."""
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
-        """Write `config.yaml` before training."""
-        if stage == "fit":
+        """Write `config.yaml` before anything else."""
+        if stage == "fit" or trainer.logger:
             super().setup(trainer, pl_module, stage)
 
 
 class RunFolder(Callback):
-    """Marks a run as finished, and takes away the folder of one that failed before its first checkpoint."""
+    """Marks a run as finished, and takes away the folder of one that failed before it had anything to keep."""
 
     def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Say that the weights are final: only such a version stands for its run."""
@@ -48,7 +51,7 @@ class RunFolder(Callback):
         """Leave nothing half-written."""
         if trainer.is_global_zero and trainer.logger and trainer.global_step == 0:
             folder = Path(trainer.logger.log_dir or "")
-            if folder.name.startswith("version_") and not (folder / "checkpoints").exists():
+            if folder.name.startswith("version_") and not any((folder / kept).exists() for kept in KEPT):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

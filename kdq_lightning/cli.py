@@ -1,5 +1,6 @@
 """The `kdq` command: LightningCLI for everything with a model, plain parsers for the rest."""
 
+import hashlib
 import importlib
 import logging
 import sys
@@ -24,6 +25,8 @@ from kdq_lightning.modules.dml import MutualLearning
 from kdq_lightning.modules.hint import HintKD
 from kdq_lightning.modules.mixup import MixupKD
 from kdq_lightning.modules.vanilla import VanillaKD
+from kdq_lightning.post_training import PostTrainingQuantization
+from kdq_lightning.results import config_hash, read_records
 from kdq_lightning.trainer import Trainer
 
 STRATEGIES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning)
@@ -54,13 +57,19 @@ class Parser(LightningArgumentParser):
 
 
 class CommandLine(LightningCLI):
-    """`kdq fit, validate, test, predict`: LightningCLI with run folders that are named after their config."""
+    """`kdq fit, validate, test, predict, quantize`: LightningCLI with run folders named after their config."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Add `quantize` to Lightning's own."""
+        return {**LightningCLI.subcommands(), "quantize": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run's name, and let the data say how many classes there are."""
+        """Add the run's name and the post-fit callback, and let the data say how many classes there are."""
         parser.add_argument(
             "--name", type=str | None, default=None, help="Run folder; default: the config's file name."
         )
+        parser.add_lightning_class_args(PostTrainingQuantization, "quantization")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -105,8 +114,13 @@ class CommandLine(LightningCLI):
         callbacks = list(given) if isinstance(given, list) else [given]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(refresh_rate=20))
+        self.quantization: PostTrainingQuantization = self._get(self.config_init, "quantization")
         logger: Any = False
-        if self.subcommand == "fit":
+        if self.subcommand == "quantize":
+            logger = self._quantization_dashboard()
+            callbacks.append(RunFolder())
+        elif self.subcommand == "fit":
+            self.quantization.config_hash = config_hash(self.config.fit.as_dict())
             logger = self._dashboard() if config.get("logger") in (None, True) else config["logger"]
             callbacks.append(RunFolder())
             if config.get("enable_checkpointing") is not False:
@@ -126,6 +140,20 @@ class CommandLine(LightningCLI):
         number = int(version.name.removeprefix("version_"))
         return Dashboard(version.parent.parent, version.parent.name, number, self.checkpoint["global_step"])
 
+    def _quantization_dashboard(self) -> Dashboard:
+        """Return the logger of the newest version, if that is an unfinished one of this config and these weights."""
+        config = self.config.quantize
+        weights = Path(config.model.init_args.weights)
+        digest = hashlib.blake2b(weights.read_bytes(), digest_size=16).hexdigest()
+        self.quantization.config_hash = config_hash(config.as_dict(), weights=digest)
+        name = f"{self.run_name}-quantized"
+        newest = next(reversed(versions(self.root / name)), None)
+        if newest is None or (newest / FINISHED).exists():
+            return Dashboard(self.root, name)
+        if any(record.config_hash != self.quantization.config_hash for record in read_records(newest)):
+            return Dashboard(self.root, name)
+        return Dashboard(self.root, name, int(newest.name.removeprefix("version_")))
+
     def _predictions_folder(self) -> Path:
         """Return the run folder that the weights lie in; weights from elsewhere get a folder of their own."""
         weights = Path(self.config.predict.model.init_args.weights)
@@ -133,12 +161,22 @@ class CommandLine(LightningCLI):
             return weights.parent.parent
         return Path(Dashboard(self.root, f"{self.run_name}-predicted").log_dir)
 
-    def before_fit(self) -> None:
-        """Hand the checkpoint to Lightning, unless its run is finished or was another one."""
+    def fit(self, **kwargs: Any) -> None:
+        """Train; of a finished run, do only what quantization lacks."""
         if self.resumed is None:
+            self.trainer.fit(**kwargs)
             return
-        if (self.resumed.parent.parent / FINISHED).exists():
-            raise UserError(f"{self.resumed.parent.parent} is finished: nothing is left to train")
+        folder = self.resumed.parent.parent
+        self._refuse_another_run()
+        if not (folder / FINISHED).exists():
+            self.trainer.fit(**kwargs | {"ckpt_path": str(self.resumed)})
+        elif self.quantization.enabled and not self.quantization.is_complete(folder, self.model.networks()):
+            self.trainer.quantize(self.model, self.datamodule, str(self.resumed))  # type: ignore[attr-defined]
+        else:
+            raise UserError(f"{folder} is finished: nothing is left to train or to quantize")
+
+    def _refuse_another_run(self) -> None:
+        """Compare the checkpoint's plan with this command's."""
         self.model.trainer = self.trainer
         self.trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
         now = {**self.model.plan(), "num_classes": self.model.num_classes, "networks": self.model.network_names()}
@@ -153,7 +191,6 @@ class CommandLine(LightningCLI):
                     f"{self.resumed} was trained with {name} {then[name]}, this command says {value}:"
                     f" give the same, or leave --ckpt_path away"
                 )
-        self.config_init.fit.ckpt_path = str(self.resumed)
 
 
 def main(args: ArgsType = None) -> int:

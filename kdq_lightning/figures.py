@@ -1,7 +1,7 @@
 """The figures that dashboard, report and notebook share."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from kdq_lightning.results import FLOAT_BITS
+from kdq_lightning.results import FLOAT_BITS, Record
 
 # Colours of Okabe & Ito, which colour-blind readers tell apart; a strategy has the same colour in every figure.
 COLOURS = {
@@ -50,6 +50,28 @@ class Curve:
         return [deviation or 0.0 for deviation in self.deviations] or [0.0] * len(self.x)
 
 
+def accuracy_figure(curves: Mapping[str, Sequence[Record]]) -> Figure:
+    """Draw accuracy against bit width and against the bytes of the file side by side, one curve a network.
+
+    Args:
+        curves: Records by the name in the legend.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    by_bits, by_bytes = figure.subplots(1, 2, sharey=True)
+    _draw_by_bits(by_bits, [_curve(name, records, "bits") for name, records in curves.items()])
+    _draw_by_bytes(by_bytes, [_curve(name, records, "packed_bytes") for name, records in curves.items()])
+    _frame(by_bits, "top-1 accuracy, %")
+    _frame(by_bytes, "")
+    _legend(by_bytes)
+    return figure
+
+
+def _curve(name: str, records: Sequence[Record], x: str) -> Curve:
+    """Return one network's accuracies over a field of its records."""
+    points = [(getattr(record, x), record.top1) for record in records if record.top1 is not None]
+    return Curve(name, records[0].strategy if records else "", [x for x, _ in points], [y for _, y in points])
+
+
 def plot_by_bits(curves: Sequence[Curve], ylabel: str, title: str = "", log: bool = False) -> Figure:
     """Draw something against the bit width; the float networks stand apart, to the right of the widest.
 
@@ -59,7 +81,40 @@ def plot_by_bits(curves: Sequence[Curve], ylabel: str, title: str = "", log: boo
         title: Above the figure.
         log: Draw y in powers of ten.
     """
-    figure, axes = _axes(title, ylabel)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(title=title)
+    _draw_by_bits(axes, curves)
+    if log:
+        axes.set_yscale("log")
+    _frame(axes, ylabel)
+    _legend(axes)
+    return figure
+
+
+def plot_by_bytes(
+    curves: Sequence[Curve], front: Sequence[tuple[float, float]], ylabel: str, title: str = ""
+) -> Figure:
+    """Draw accuracy against the size of the file, with the Pareto front over all curves.
+
+    Args:
+        curves: With bytes as x.
+        front: Size and accuracy of the files on the front, in order of size.
+        ylabel: What is drawn, with its unit.
+        title: Above the figure.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(title=title)
+    if front:
+        sizes, accuracies = zip(*front, strict=True)
+        (line,) = axes.step(sizes, accuracies, where="post", label="Pareto front", color="#F0E442", linewidth=7)
+        line.set(alpha=0.7, zorder=0)
+    _draw_by_bytes(axes, curves)
+    _frame(axes, ylabel)
+    _legend(axes)
+    return figure
+
+
+def _draw_by_bits(axes: Axes, curves: Sequence[Curve]) -> None:
     widths = sorted({x for curve in curves for x in curve.x} - {FLOAT_BITS})
     beyond = (widths[-1] if widths else 0) + 1
     for curve, style in zip(curves, _styles(curves), strict=True):
@@ -77,29 +132,9 @@ def plot_by_bits(curves: Sequence[Curve], ylabel: str, title: str = "", log: boo
     axes.set_xticks([*widths, *([beyond] if has_float else [])])
     axes.set_xticklabels([*(f"{width:g}" for width in widths), *(["float"] if has_float else [])])
     axes.set_xlabel("bit width")
-    if log:
-        axes.set_yscale("log")
-    _legend(axes, len(curves))
-    return figure
 
 
-def plot_by_bytes(
-    curves: Sequence[Curve], front: Sequence[tuple[float, float]], ylabel: str, title: str = ""
-) -> Figure:
-    """Draw accuracy against the size of the file, with the Pareto front over all curves.
-
-    Args:
-        curves: With bytes as x.
-        front: Size and accuracy of the files on the front, in order of size.
-        ylabel: What is drawn, with its unit.
-        title: Above the figure.
-    """
-    figure, axes = _axes(title, ylabel)
-    if front:
-        sizes, accuracies = zip(*front, strict=True)
-        axes.step(
-            sizes, accuracies, where="post", color="#F0E442", linewidth=7, alpha=0.7, label="Pareto front", zorder=0
-        )
+def _draw_by_bytes(axes: Axes, curves: Sequence[Curve]) -> None:
     for curve, style in zip(curves, _styles(curves), strict=True):
         axes.errorbar(curve.x, curve.y, curve.errors, label=curve.label, capsize=2, **style)
     axes.set_xscale("log")
@@ -107,8 +142,6 @@ def plot_by_bytes(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("bytes of the file")
-    _legend(axes, len(curves) + bool(front))
-    return figure
 
 
 def format_bytes(size: float) -> str:
@@ -132,14 +165,10 @@ def render(figure: Figure, kind: str) -> bytes:
     return content.getvalue()
 
 
-def _axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title)
+def _frame(axes: Axes, ylabel: str) -> None:
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _styles(curves: Sequence[Curve]) -> list[dict[str, Any]]:
@@ -157,6 +186,6 @@ def _styles(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     ]
 
 
-def _legend(axes: Axes, entries: int) -> None:
-    if entries:
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)

@@ -1,7 +1,7 @@
 """The one record of a quantized accuracy: the callback writes it, dashboard and report read it.
 
-A version's folder holds two files: `quantized.csv`, a row a network and bit width, and `correct.safetensors`, which
-images each of them got right.
+A version's folder holds `quantized.csv`, a row a network and bit width; `correct.safetensors`, which images each of
+them got right; and `layers.csv`, what became of each layer.
 """
 
 import csv
@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import safetensors
@@ -21,9 +21,11 @@ from torch import Tensor
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
+from kdq_lightning.quantization.walk import LayerReport
 
 RECORDS = "quantized.csv"
 CORRECT = "correct.safetensors"
+LAYERS = "layers.csv"
 FLOAT_BITS = 32
 
 
@@ -97,6 +99,11 @@ class Record:
         """The network's name within its run: the peer, or the architecture."""
         return self.peer or self.network
 
+    @property
+    def top1(self) -> float | None:
+        """Test accuracy in percent; validation accuracy if the test set was left alone."""
+        return self.val_top1 if self.test_top1 is None else self.test_top1
+
     def correct_key(self, split: str) -> str:
         """Return the key of its vector for a split, "val" or "test", in `read_correct`."""
         return f"{self.name}/{split}/{self.bits}"
@@ -105,29 +112,34 @@ class Record:
 HEADER = tuple(field.name for field in fields(Record))
 
 
+@dataclass(frozen=True)
+class LayerRecord(LayerReport):
+    """One layer of one network at one bit width.
+
+    Attributes:
+        network: `Record.name` of the network.
+        bits: Bit width.
+    """
+
+    network: str
+    bits: int
+
+
+Row = TypeVar("Row", Record, LayerRecord)
+
+
 def read_records(folder: Path) -> list[Record]:
     """Read the records of a version's folder; none if it has no such file.
 
     Raises:
         UserError: If the file is damaged, or of another format.
     """
-    path = folder / RECORDS
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it and quantize again") from error
-    if tuple(header) != HEADER:
-        raise UserError(f"{path} has another header than this release writes: use the release that wrote it")
-    try:
-        return [
-            Record(**{field.name: _parse(field.type, text) for field, text in zip(fields(Record), row, strict=True)})
-            for row in rows
-        ]
-    except ValueError as error:
-        raise UserError(f"{path} has a damaged row ({error}): delete the file and quantize again") from error
+    return _read_table(folder / RECORDS, Record)
+
+
+def read_layers(folder: Path) -> list[LayerRecord]:
+    """Read what became of the layers, a network, bit width and layer after the other; see `read_records`."""
+    return _read_table(folder / LAYERS, LayerRecord)
 
 
 def write_records(folder: Path, records: Iterable[Record]) -> None:
@@ -136,11 +148,39 @@ def write_records(folder: Path, records: Iterable[Record]) -> None:
     Raises:
         UserError: If the file can't be written.
     """
+    _write_table(folder / RECORDS, Record, records)
+
+
+def write_layers(folder: Path, layers: Iterable[LayerRecord]) -> None:
+    """Write what became of the layers; see `write_records`."""
+    _write_table(folder / LAYERS, LayerRecord, layers)
+
+
+def _read_table(path: Path, kind: type[Row]) -> list[Row]:
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it and quantize again") from error
+    if header != [field.name for field in fields(kind)]:
+        raise UserError(f"{path} has another header than this release writes: use the release that wrote it")
+    try:
+        return [
+            kind(**{field.name: _parse(field.type, text) for field, text in zip(fields(kind), row, strict=True)})
+            for row in rows
+        ]
+    except ValueError as error:
+        raise UserError(f"{path} has a damaged row ({error}): delete the file and quantize again") from error
+
+
+def _write_table(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(HEADER)
-    writer.writerows([_format(value) for value in astuple(record)] for record in records)
-    write_atomically(folder / RECORDS, table.getvalue().encode())
+    writer.writerow(field.name for field in fields(kind))
+    writer.writerows([_format(value) for value in astuple(row)] for row in rows)
+    write_atomically(path, table.getvalue().encode())
 
 
 def _parse(kind: Any, text: str) -> Any:  # noqa: ANN401 - a field's type and a value of it

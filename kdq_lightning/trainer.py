@@ -1,4 +1,4 @@
-"""Lightning's Trainer with this project's defaults: a precision that the hardware has, checkpoints written whole."""
+"""Lightning's Trainer with this project's defaults, and `quantize` beside fit, validate, test and predict."""
 
 import io
 from pathlib import Path
@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 
+from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
+from kdq_lightning.post_training import PostTrainingQuantization
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -68,6 +71,45 @@ class Trainer(LightningTrainer):
             plugins=_with_checkpoint_io(plugins),
             **kwargs,
         )
+        self._quantizing = False
+
+    def quantize(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Quantize a trained module as the callback does after training, into the logger's folder.
+
+        Args:
+            model: With its trained weights; those of the best checkpoint, if the folder holds one, go before them.
+            datamodule: Calibration, validation and test images.
+            ckpt_path: A checkpoint to load into the module before.
+            weights_only: Whether that checkpoint may hold tensors and plain data alone.
+
+        Raises:
+            UserError: If the callback is missing or switched off, or quantization fails.
+        """
+        if not any(callback.enabled for callback in self._quantizers):
+            raise UserError("there is nothing to do with --quantization.enabled=false: leave it away")
+        self._quantizing = True
+        try:  # launching, data and device are those of a validation; `_run_stage` does other work
+            self.validate(model, ckpt_path=ckpt_path, verbose=False, datamodule=datamodule, weights_only=weights_only)
+        finally:
+            self._quantizing = False
+
+    @property
+    def _quantizers(self) -> list[PostTrainingQuantization]:
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # set by Lightning, unknown to its type
+        return [callback for callback in callbacks if isinstance(callback, PostTrainingQuantization)]
+
+    def _run_stage(self) -> Any:  # noqa: ANN401 - what Lightning's stages return
+        if not self._quantizing:
+            return super()._run_stage()
+        for callback in self._quantizers:
+            callback.quantize(self, self.lightning_module)
+        return []
 
 
 def _with_checkpoint_io(plugins: Any) -> list[Any]:  # noqa: ANN401

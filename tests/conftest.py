@@ -21,6 +21,8 @@ FEW_STEPS = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
     "--data.batch_size=16",
+    "--quantization.calibration_images=16",
+    "--quantization.bits=[4]",
 ]
 
 

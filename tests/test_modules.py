@@ -15,12 +15,13 @@ from kdq_lightning.data.datamodules import DigitsDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.losses import cross_entropy, dkd_parts, hint_loss, kd_loss, mixup, mutual_loss, partner
 from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.modules.distillation import Distillation, Teacher
+from kdq_lightning.modules.distillation import Distillation
 from kdq_lightning.modules.dkd import DecoupledKD
 from kdq_lightning.modules.dml import MutualLearning
 from kdq_lightning.modules.hint import HintKD
 from kdq_lightning.modules.mixup import MixupKD
 from kdq_lightning.modules.schedule import one_cycle
+from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.networks import build_network, stage2_features
 from kdq_lightning.trainer import Trainer

@@ -13,7 +13,7 @@ from kdq_lightning.bench.data import NoiseDataModule
 from kdq_lightning.bench.measure import hardware, print_table
 from kdq_lightning.losses import cross_entropy, kd_loss
 from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.modules.distillation import Teacher
+from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.networks import build_network
 from kdq_lightning.trainer import Trainer, choose_precision

@@ -20,6 +20,7 @@ from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.evaluation import build_metrics
 from kdq_lightning.losses import cross_entropy
 from kdq_lightning.modules.schedule import Cycle, one_cycle
+from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.networks import build_network
 
 Strategy = Literal["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml"]
@@ -101,6 +102,10 @@ class Classifier(LightningModule):
     def network_names(self) -> dict[str, str]:
         """Return the name in `networks.NETWORKS` of each of `networks()`."""
         return {self.network_name: self.network_name}
+
+    def find_teacher(self) -> Teacher | None:
+        """Return the teacher, whose answers quantized networks are compared with; None if there is none."""
+        return None
 
     def losses(self, images: Tensor, labels: Tensor) -> Losses:
         """Return the loss of a training batch and its parts: what a strategy is.

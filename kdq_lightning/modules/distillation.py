@@ -3,38 +3,15 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric
 
 from kdq_lightning.checkpoints import load_trained
 from kdq_lightning.data.images import Batch
-from kdq_lightning.data.normalization import Statistics, renormalize
+from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.networks import stage2_features
-
-
-class Teacher:
-    """A frozen network: eval mode, no gradient, its own input statistics.
-
-    It is no `nn.Module`, so that neither checkpoints nor DDP see its weights.
-    """
-
-    def __init__(self, network: nn.Module, mean: Statistics, std: Statistics) -> None:
-        """Freeze the network."""
-        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.mean, self.std = mean, std
-
-    @torch.no_grad()
-    def logits(self, images: Tensor, mean: Statistics, std: Statistics) -> Tensor:
-        """Return logits (batch, classes) of images (batch, 3, h, w) that are normalised by the given statistics."""
-        logits: Tensor = self.network(renormalize(images, mean, std, self.mean, self.std))
-        return logits
-
-    @torch.no_grad()
-    def features(self, images: Tensor, mean: Statistics, std: Statistics) -> Tensor:
-        """Return the features after the second stage, (batch, channels, h', w'); see `logits`."""
-        return stage2_features(self.network, renormalize(images, mean, std, self.mean, self.std))
+from kdq_lightning.modules.teacher import Teacher
 
 
 class Distillation(Classifier):
@@ -68,15 +45,25 @@ class Distillation(Classifier):
         """Load the teacher for training; nothing else needs it."""
         super().setup(stage)
         if stage == "fit" and self.teacher is None:
-            trained = next(iter(load_trained(*self.teacher_source, option="teacher").values()))
-            if self.teacher_source[1] not in (None, trained.network):
-                raise UserError(f"the teacher in {trained.path} is a {trained.network}, not a {self.teacher_source[1]}")
-            if trained.num_classes != self.num_classes:
-                raise UserError(
-                    f"the teacher in {trained.path} has {trained.num_classes} classes, the data {self.num_classes}:"
-                    " give --model.init_args.teacher a network trained on this data"
-                )
-            self.teacher = Teacher(trained.build(), trained.mean, trained.std)
+            self.teacher = self._load_teacher()
+
+    def _load_teacher(self) -> Teacher:
+        trained = next(iter(load_trained(*self.teacher_source, option="teacher").values()))
+        if self.teacher_source[1] not in (None, trained.network):
+            raise UserError(f"the teacher in {trained.path} is a {trained.network}, not a {self.teacher_source[1]}")
+        if trained.num_classes != self.num_classes:
+            raise UserError(
+                f"the teacher in {trained.path} has {trained.num_classes} classes, the data {self.num_classes}:"
+                " give --model.init_args.teacher a network trained on this data"
+            )
+        return Teacher(trained.build(), trained.mean, trained.std)
+
+    def find_teacher(self) -> Teacher | None:
+        """Return the teacher; None if it isn't there any more, as a student outlives its teacher's file."""
+        try:
+            return self.teacher or self._load_teacher()
+        except UserError:
+            return None
 
     def on_fit_start(self) -> None:
         """Move the teacher to the student's device."""
