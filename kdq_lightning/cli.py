@@ -24,12 +24,13 @@ from kdq_lightning.modules.dkd import DecoupledKD
 from kdq_lightning.modules.dml import MutualLearning
 from kdq_lightning.modules.hint import HintKD
 from kdq_lightning.modules.mixup import MixupKD
+from kdq_lightning.modules.recover import Recover
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.post_training import PostTrainingQuantization
 from kdq_lightning.results import config_hash, read_records
 from kdq_lightning.trainer import Trainer
 
-STRATEGIES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning)
+STRATEGIES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning, Recover)
 SOURCES = (CIFARDataModule, ImageFolderDataModule, DigitsDataModule)
 
 
@@ -175,7 +176,7 @@ class CommandLine(LightningCLI):
         self._refuse_another_run()
         if not (folder / FINISHED).exists():
             self.trainer.fit(**kwargs | {"ckpt_path": str(self.resumed)})
-        elif self.quantization.enabled and not self.quantization.is_complete(folder, self.model.networks()):
+        elif self.quantization.enabled and not self.quantization.is_complete(folder, self.model):
             self.trainer.quantize(self.model, self.datamodule, str(self.resumed))  # type: ignore[attr-defined]
         else:
             raise UserError(f"{folder} is finished: nothing is left to train or to quantize")

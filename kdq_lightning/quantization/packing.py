@@ -105,6 +105,17 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     return model
 
 
+def read_weights(path: str | Path) -> dict[str, QuantizedWeight]:
+    """Return the quantized weights of a packed file by layer, codes and scales.
+
+    Raises:
+        UserError: If the file is missing, truncated, altered, or not a packed file.
+    """
+    tensors, _ = _read(Path(path))
+    layout = json.loads(zlib.decompress(tensors[".layout"].numpy().tobytes()))
+    return _split(tensors, {name: _Layer(*entry) for name, entry in layout["layers"].items()})[0]
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Return the metadata that `save_packed` was given.
 
@@ -217,24 +228,31 @@ def _decode(
 ) -> dict[str, Tensor]:
     """Turn a file's contents into the network's state by name, weights dequantized."""
     values = {name: tensor for name, tensor in tensors.items() if not name.startswith(".")}
+    weights, numbers = _split(tensors, layers)
+    values |= {f"{name}.weight": weight.dequantize() for name, weight in weights.items()}
+    for name, shape in floats.items():
+        value, numbers = numbers.tensor_split([torch.Size(shape).numel()])
+        values[name] = value.view(shape)
+    return values
+
+
+def _split(tensors: Mapping[str, Tensor], layers: Mapping[str, _Layer]) -> tuple[dict[str, QuantizedWeight], Tensor]:
+    """Cut codes and numbers into the layers' weights; return them and the numbers that are left."""
+    weights = {}
     codes, numbers = tensors[".codes"], tensors[".floats"]
     for name, layer in layers.items():
         count = torch.Size(layer.shape).numel()
         packed, codes = codes.tensor_split([packed_size(count, layer.levels)])
         scale, numbers = numbers.tensor_split([layer.scales])
         levels, numbers = numbers.tensor_split([layer.levels * layer.own_grid])
-        weight = QuantizedWeight(
+        weights[name] = QuantizedWeight(
             codes=unpack_codes(packed, count, layer.levels).view(layer.shape),
             grid=levels if layer.own_grid else grid(layer.codebook, layer.bits),
             scale=scale,
             codebook=layer.codebook,
             bits=layer.bits,
         )
-        values[f"{name}.weight"] = weight.dequantize()
-    for name, shape in floats.items():
-        value, numbers = numbers.tensor_split([torch.Size(shape).numel()])
-        values[name] = value.view(shape)
-    return values
+    return weights, numbers
 
 
 def _mismatch(
