@@ -14,6 +14,7 @@ runs:                                 # in this order; the folder of an earlier 
 
 import re
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,12 +116,15 @@ def read_plan(path: Path, root: Path) -> list[Run]:
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{path}: runs must be names with a config each")
     everyones = _overrides(path, "the study", study)
-    return [
+    runs = [
         run
         for i, seed in enumerate(dict.fromkeys(seeds))
         for run in _runs_of_a_seed(path, entries, everyones, root / path.stem / f"seed{seed}", seed)
         if i == 0 or run.command == "fit"  # public weights know no seed
     ]
+    for name in dict.fromkeys(run.name for run in runs if run.command == "fit" and "weights" in entries[run.name]):
+        print(f"{entries[name]['weights']['path']} is not there: {name} is trained instead", file=sys.stderr)
+    return runs
 
 
 def _runs_of_a_seed(
