@@ -78,6 +78,7 @@ class Recover(Distillation):
             self.register_buffer(f"scale{i}", weight.scale, persistent=False)
         for parameter in self.network.parameters():
             parameter.requires_grad_(parameter.ndim == 1)
+        self.network.eval()  # Lightning leaves the mode of modules as it finds it
 
     def train(self, mode: bool = True) -> "Recover":
         """Leave BatchNorm's statistics alone."""
