@@ -147,7 +147,8 @@ class CommandLine(LightningCLI):
             return Dashboard(self.root, self.run_name)
         version = self.resumed.parent.parent
         number = int(version.name.removeprefix("version_"))
-        return Dashboard(version.parent.parent, version.parent.name, number, self.checkpoint["global_step"])
+        after_step = None if (version / FINISHED).exists() else self.checkpoint["global_step"]
+        return Dashboard(version.parent.parent, version.parent.name, number, after_step)
 
     def _quantization_dashboard(self) -> Dashboard:
         """Return the logger of the newest version, if that is an unfinished one of this config and these weights."""

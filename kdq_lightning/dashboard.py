@@ -25,16 +25,17 @@ SUMMARIZED = (2, 3, 4, 8)  # bit widths whose accuracies stand beside the hyper-
 class Dashboard(TensorBoardLogger):
     """Writes the events of one run folder, `<root>/<name>/version_N`, and claims that folder for itself."""
 
-    def __init__(self, root: str | Path, name: str, version: int | None = None, after_step: int = -1) -> None:
+    def __init__(self, root: str | Path, name: str, version: int | None = None, after_step: int | None = None) -> None:
         """Name the run.
 
         Args:
             root: Folder of all runs.
             name: The run's name.
             version: An existing version to go on with; None claims the next free number.
-            after_step: Where it goes on: later points of the broken run are dropped, so that each stands once.
+            after_step: Where it goes on: later points of the broken run are dropped, so that each stands once; none
+                are if not given.
         """
-        purge_step = None if version is None else after_step + 1
+        purge_step = None if after_step is None else after_step + 1
         super().__init__(root, name, version, default_hp_metric=False, purge_step=purge_step)
 
     @property

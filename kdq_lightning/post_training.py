@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from kdq_lightning.checkpoints import FINISHED
 from kdq_lightning.dashboard import has_quantized, terminal_table, write_quantized
@@ -100,15 +100,16 @@ class PostTrainingQuantization(Callback):
         """
         assert isinstance(pl_module, Classifier)
         run = QuantizedRun(trainer, pl_module, self.config_hash, self.test)
+        calibration = run.calibration_share(self.calibration_images)  # refused, if it is, before anything is written
         bar = trainer.progress_bar_callback
         if isinstance(bar, RichProgressBar):
             bar.teardown(trainer, pl_module, "fit")  # only one display can be live at a time
         with QuantizationBars(shown=trainer.is_global_zero and bar is not None) as bars:
             for name in pl_module.networks():
-                self._quantize_network(run, name, bars)
+                self._quantize_network(run, name, calibration, bars)
         run.on_rank_zero(partial(self._publish, run))
 
-    def _quantize_network(self, run: QuantizedRun, name: str, bars: QuantizationBars) -> None:
+    def _quantize_network(self, run: QuantizedRun, name: str, calibration: Tensor, bars: QuantizationBars) -> None:
         carried = {weight.bits for weight in run.carried.values()}
         missing = run.missing(name, [max(carried)] if carried else [*self.bits, FLOAT_BITS])
         if not missing:
@@ -116,8 +117,16 @@ class PostTrainingQuantization(Callback):
         network, (mean, std) = run.network(name), run.statistics(name)
         bars.start(name, len({*missing, FLOAT_BITS}) * sum(len(split.labels) for split in run.splits.values()))
 
+        def on_images(count: int) -> None:
+            bars.images(count)
+            run.stop_if_terminated()
+
+        def on_layer(done: int, total: int, layer: str) -> None:
+            bars.layers(done, total)
+            run.stop_if_terminated()
+
         def measure(candidate: nn.Module) -> Found:
-            return {key: evaluate(candidate, split, mean, std, bars.images) for key, split in run.splits.items()}
+            return {key: evaluate(candidate, split, mean, std, on_images) for key, split in run.splits.items()}
 
         floats = measure(network)
         if carried:  # it is quantized already
@@ -129,9 +138,9 @@ class PostTrainingQuantization(Callback):
         if not widths:
             return
         with full_float32(run.device):
-            images = normalize(run.calibration_share(self.calibration_images).to(run.device), mean, std)
+            images = normalize(calibration.to(run.device), mean, std)
             quantized = quantize(
-                network, [images], widths, solver=self.solver, codebook=self.codebook, progress=bars.layers
+                network, [images], widths, solver=self.solver, codebook=self.codebook, progress=on_layer
             )
         for width in widths:
             result = quantized.pop(width)  # so that its network goes when it is done

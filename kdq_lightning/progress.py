@@ -37,8 +37,8 @@ class QuantizationBars:
         self._progress.reset(self._layers, description=f"{name}: layers solved", total=None, visible=True)
         self._progress.reset(self._images, description=f"{name}: images evaluated", total=images, visible=True)
 
-    def layers(self, done: int, total: int, name: str) -> None:
-        """Show how many layers are solved; the engine calls it after each."""
+    def layers(self, done: int, total: int) -> None:
+        """Show how many layers are solved."""
         self._progress.update(self._layers, completed=done, total=total)
 
     def images(self, count: int) -> None:

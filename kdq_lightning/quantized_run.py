@@ -1,6 +1,7 @@
 """What the records of one run have in common: its weights, its images, its folder."""
 
 import copy
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
@@ -9,6 +10,7 @@ from typing import Any
 
 import safetensors.torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 import kdq_lightning
@@ -60,8 +62,8 @@ class QuantizedRun:
         self.device = trainer.strategy.root_device
         self.trainer, self.module, self.config_hash = trainer, module, config_hash
         self.data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        has_checkpoint = (self.folder / "checkpoints").is_dir()
-        self.checkpoint = find_checkpoint(self.folder) if has_checkpoint else None
+        kept = any((self.folder / "checkpoints" / name).is_file() for name in ("best.ckpt", "last.ckpt"))
+        self.checkpoint = find_checkpoint(self.folder) if kept else None
         self.splits, self.partial = self._splits(test)
         if not self.splits:
             raise UserError("there is neither a validation nor a test image to evaluate on: give data.val_size")
@@ -115,6 +117,15 @@ class QuantizedRun:
     def _trained(self) -> dict[str, TrainedNetwork]:
         """The networks of the best checkpoint; none if the module's own weights are the ones."""
         return {} if self.checkpoint is None else load_trained(self.checkpoint)
+
+    def stop_if_terminated(self) -> None:
+        """Leave, with code 143, if the process was told to: Lightning only notes SIGTERM, and acts while training.
+
+        Raises:
+            SIGTERMException: What Lightning raises then.
+        """
+        if self.trainer.received_sigterm:
+            raise SIGTERMException(128 + signal.SIGTERM)
 
     def network(self, name: str) -> nn.Module:
         """Return a copy of a network with its best weights, in float32 and eval mode, on the device."""

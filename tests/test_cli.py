@@ -74,7 +74,8 @@ def test_every_config_trains(suffix: str, images: Path, workspace: Path, capsys:
 
 def test_the_command_of_the_readme(images: Path, workspace: Path):
     """Mutual learning of two ResNet-18 on CIFAR-100, one step."""
-    assert fit("dml_cifar100", images, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1") == 0
+    one = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--quantization.enabled=false"]
+    assert fit("dml_cifar100", images, *one) == 0
 
 
 def test_every_config_is_there():
@@ -85,7 +86,7 @@ def test_every_config_is_there():
 
 def test_quickstart_then_test_and_predict(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Digits without a download; the best checkpoint beats chance by far after two epochs, and predicts every image."""
-    quick = ["--config", config("quickstart"), "--trainer.enable_progress_bar=false"]
+    quick = ["--config", config("quickstart"), "--trainer.enable_progress_bar=false", "--quantization.bits=[2,4]"]
     assert main(["fit", *quick, "--trainer.max_epochs=3"]) == 0
     assert main(["test", *quick, "--ckpt_path", "runs/quickstart"]) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if "test/top1 " in line]

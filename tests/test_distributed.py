@@ -1,6 +1,7 @@
 """Two gloo processes and one: the same batches, views, gradients and metrics."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from torch import nn
 from kdq_lightning.cli import main
 from kdq_lightning.data.datamodules import DigitsDataModule
 from kdq_lightning.modules.classifier import Classifier
+from kdq_lightning.networks import build_network
+from kdq_lightning.quantization import load_packed
+from kdq_lightning.results import Record, read_correct, read_records
 from kdq_lightning.trainer import Trainer
 from tests.conftest import FEW_STEPS, config
 
@@ -68,6 +72,29 @@ def test_same_metrics_of_one_checkpoint(workspace: Path, capfd: pytest.CaptureFi
     assert len(one) == 10
     for name, value in one.items():
         assert two[name] == (value if "top" in name else pytest.approx(value, rel=1e-4)), name
+
+
+def test_same_quantized_table(workspace: Path):
+    """Quantized on one rank and on two, with uneven shares of images: every row, vector and file is the same."""
+    quick = ["--config", config("quickstart"), "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    quick += ["--model.networks=[resnet8,resnet8]", "--quantization.bits=[2,4]", "--quantization.calibration_images=63"]
+    assert main(["fit", *quick, "--trainer.max_epochs=2", "--data.val_size=99"]) == 0
+    one = Path("runs/quickstart/version_0")
+    arguments = ["--data.val_size=99", "--ckpt_path=runs/quickstart", *TWO]
+    assert main(["quantize", *quick, *arguments]) == 0
+    two = Path("runs/quickstart-quantized/version_0")
+
+    def table(version: Path) -> list[Record]:
+        return [replace(record, run="", config_hash="", seconds=None) for record in read_records(version)]
+
+    assert len(table(one)) == 6 and table(one) == table(two)
+    vectors = read_correct(one), read_correct(two)
+    assert vectors[0].keys() == vectors[1].keys() and len(vectors[0]) == 12
+    assert all(torch.equal(vector, vectors[1][key]) for key, vector in vectors[0].items())
+    for file in (one / "packed").iterdir():
+        networks = [load_packed(folder / "packed" / file.name, build_network("resnet8", 10)) for folder in (one, two)]
+        for mine, theirs in zip(*(network.parameters() for network in networks), strict=True):
+            assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("strategy", ["control", "vanilla", "mixup", "dkd", "hint", "dml"])
