@@ -300,6 +300,7 @@ def _quiet() -> None:
         ".*srun.*",
         ".*infer the batch indices.*",  # each batch carries its own
         ".*smaller than the logging interval.*",  # we log once an epoch
+        ".*in eval mode at the start of training.*",  # BatchNorm of a network that is recovered
     ):
         warnings.filterwarnings("ignore", message)
 

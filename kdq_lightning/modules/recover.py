@@ -35,7 +35,7 @@ class Recover(Distillation):
         packed: str,
         bits: int | None = None,
         temperature: float = 4.0,
-        learning_rate: float = 0.02,
+        learning_rate: float = 0.002,
         strategy: Strategy = "recover",
         **kwargs: Any,
     ) -> None:
