@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
@@ -25,17 +25,20 @@ from kdq_lightning.modules.dkd import DecoupledKD
 from kdq_lightning.modules.dml import MutualLearning
 from kdq_lightning.modules.hint import HintKD
 from kdq_lightning.modules.mixup import MixupKD
+from kdq_lightning.modules.recover import Recover
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.post_training import PostTrainingQuantization
 from kdq_lightning.results import config_hash, read_records
 from kdq_lightning.trainer import Trainer
 
-STRATEGIES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning)
+STRATEGIES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning, Recover)
 SOURCES = (CIFARDataModule, ImageFolderDataModule, DigitsDataModule)
 
 MODEL_FREE = {
     "bench": "kdq_lightning.bench.command",
     "export": "kdq_lightning.export",
+    "report": "kdq_lightning.report.command",
+    "study": "kdq_lightning.study.command",
 }
 """Commands with parsers of their own, imported when they are called."""
 
@@ -115,7 +118,7 @@ class CommandLine(LightningCLI):
             logger = self._quantization_dashboard()
             callbacks.append(RunFolder())
         elif self.subcommand == "fit":
-            self.quantization.config_hash = config_hash(self.config.fit.as_dict())
+            self.quantization.config_hash = self.hash_config()
             logger = self._dashboard() if config.get("logger") in (None, True) else config["logger"]
             callbacks.append(RunFolder())
             if config.get("enable_checkpointing") is not False:
@@ -126,6 +129,14 @@ class CommandLine(LightningCLI):
             return super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"the trainer refuses its options: {error}") from error
+
+    def hash_config(self) -> str:
+        """Return what the records of this command have as their `config_hash`."""
+        config = self.config[self.config.subcommand]
+        if self.config.subcommand == "fit":
+            return config_hash(config.as_dict())
+        weights = Path(config.model.init_args.weights).read_bytes()
+        return config_hash(config.as_dict(), weights=hashlib.blake2b(weights, digest_size=16).hexdigest())
 
     def _dashboard(self) -> Dashboard:
         """Return the logger of a new version, or of the one that is gone on with."""
@@ -138,10 +149,7 @@ class CommandLine(LightningCLI):
 
     def _quantization_dashboard(self) -> Dashboard:
         """Return the logger of the newest version, if that is an unfinished one of this config and these weights."""
-        config = self.config.quantize
-        weights = Path(config.model.init_args.weights)
-        digest = hashlib.blake2b(weights.read_bytes(), digest_size=16).hexdigest()
-        self.quantization.config_hash = config_hash(config.as_dict(), weights=digest)
+        self.quantization.config_hash = self.hash_config()
         name = f"{self.run_name}-quantized"
         newest = next(reversed(versions(self.root / name)), None)
         if newest is None or (newest / FINISHED).exists():
@@ -167,7 +175,7 @@ class CommandLine(LightningCLI):
         self.model.weights = None  # Lightning loads the checkpoint after setup; what the run began with may be gone
         if not (folder / FINISHED).exists():
             self.trainer.fit(**kwargs | {"ckpt_path": str(self.resumed)})
-        elif self.quantization.enabled and not self.quantization.is_complete(folder, self.model.networks()):
+        elif self.quantization.enabled and not self.quantization.is_complete(folder, self.model):
             self.trainer.quantize(self.model, self.datamodule, str(self.resumed))  # type: ignore[attr-defined]
         else:
             raise UserError(f"{folder} is finished: nothing is left to train or to quantize")
@@ -190,6 +198,67 @@ class CommandLine(LightningCLI):
                 )
 
 
+class ConfigReader(CommandLine):
+    """Parses a command and goes no further."""
+
+    def instantiate_classes(self) -> None:
+        """Leave networks and images alone."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+class Settings(NamedTuple):
+    """What a command would run with.
+
+    Attributes:
+        config: All options.
+        config_hash: Of its records.
+    """
+
+    config: dict[str, Any]
+    config_hash: str
+
+
+def read_settings(args: list[str]) -> Settings:
+    """Return what `kdq fit` or `kdq quantize` would run with, without running it.
+
+    Args:
+        args: Such as ["fit", "--config", "configs/quickstart.yaml"].
+
+    Raises:
+        UserError: If the command needs weights and there are none.
+        SystemExit: If an option is unknown or malformed; a sentence has been printed then.
+    """
+    _quiet()
+    command_line = build_command_line(ConfigReader, args)
+    return Settings(command_line.config[command_line.subcommand].as_dict(), command_line.hash_config())
+
+
+def build_command_line(kind: type[CommandLine], args: ArgsType) -> CommandLine:
+    """Parse a command and run it, if the kind does."""
+    return kind(
+        Classifier,
+        ImageDataModule,
+        trainer_class=Trainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        parser_class=Parser,
+        parser_kwargs={
+            "prog": "kdq",
+            "description": "Distil image classifiers, quantize them, and compare at equal bytes.",
+            "epilog": f"Without a model: {', '.join(f'kdq {name}' for name in MODEL_FREE)}; each has --help.",
+            "default_env": True,
+            "env_prefix": "KDQ",
+        },
+        args=args,
+    )
+
+
 def main(args: ArgsType = None) -> int:
     """Run a command and return its exit code; what the user can mend is said in one sentence."""
     _quiet()
@@ -198,26 +267,7 @@ def main(args: ArgsType = None) -> int:
         if isinstance(arguments, list) and arguments and arguments[0] in MODEL_FREE:
             command = importlib.import_module(MODEL_FREE[arguments[0]])
             return int(command.main(arguments[1:]))
-        CommandLine(
-            Classifier,
-            ImageDataModule,
-            trainer_class=Trainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            parser_class=Parser,
-            parser_kwargs={
-                "prog": "kdq",
-                "description": "Distil image classifiers, quantize them, and compare at equal bytes.",
-                "epilog": f"Without a model: {', '.join(f'kdq {name}' for name in MODEL_FREE)}; each has --help.",
-                "default_env": True,
-                "env_prefix": "KDQ",
-            },
-            args=args,
-        )
+        build_command_line(CommandLine, args)
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
@@ -254,6 +304,7 @@ def _quiet() -> None:
         ".*srun.*",
         ".*infer the batch indices.*",  # each batch carries its own
         ".*smaller than the logging interval.*",  # we log once an epoch
+        ".*in eval mode at the start of training.*",  # BatchNorm of a network that is recovered
     ):
         warnings.filterwarnings("ignore", message)
 

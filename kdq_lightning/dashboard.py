@@ -107,11 +107,12 @@ def _write_network(writer: SummaryWriter, records: list[Record], suffix: str) ->
             continue
         for tag, value, step in (
             ("accuracy_vs_bits", record.top1, record.bits),
-            ("float_accuracy", floats[0].top1, record.bits),
+            ("float_accuracy", floats[0].top1 if floats else None, record.bits),
             ("agreement_vs_bits", record.agreement_float, record.bits),
             ("accuracy_vs_bytes", record.top1, record.packed_bytes),
         ):
-            writer.add_scalar(f"quantized/{tag}{suffix}", value, step)
+            if value is not None:
+                writer.add_scalar(f"quantized/{tag}{suffix}", value, step)
         if record.bits in SUMMARIZED and record.top1 is not None:
             metrics[f"quantized/accuracy_{record.bits}bit{suffix}"] = record.top1
     writer.add_figure(f"quantized/figure{suffix}", accuracy_figure({records[0].name: records}), 0)

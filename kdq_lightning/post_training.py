@@ -1,6 +1,5 @@
 """The post-fit callback: the best checkpoint at every bit width, evaluated, recorded, packed and on the dashboard."""
 
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -86,10 +85,12 @@ class PostTrainingQuantization(Callback):
                 f" kdq fit --config {folder}/config.yaml --ckpt_path {folder}"
             ) from error
 
-    def is_complete(self, folder: Path, names: Iterable[str]) -> bool:
-        """Tell whether a version's folder holds every result of the networks of these names."""
+    def is_complete(self, folder: Path, module: Classifier) -> bool:
+        """Tell whether a version's folder holds every result of the module's networks."""
         results = ResultFolder(folder, self.config_hash)
-        return has_quantized(folder) and not any(results.missing(name, [*self.bits, FLOAT_BITS]) for name in names)
+        carried = [record.bits for record in results.records] if module.carries_codes else []
+        widths = carried or [*self.bits, FLOAT_BITS]
+        return has_quantized(folder) and not any(results.missing(name, widths) for name in module.networks())
 
     def quantize(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Do what the run folder lacks, network by network, then write dashboard and table.
@@ -109,7 +110,8 @@ class PostTrainingQuantization(Callback):
         run.on_rank_zero(partial(self._publish, run))
 
     def _quantize_network(self, run: QuantizedRun, name: str, calibration: Tensor, bars: QuantizationBars) -> None:
-        missing = run.missing(name, [*self.bits, FLOAT_BITS])
+        carried = {weight.bits for weight in run.carried.values()}
+        missing = run.missing(name, [max(carried)] if carried else [*self.bits, FLOAT_BITS])
         if not missing:
             return
         network, (mean, std) = run.network(name), run.statistics(name)
@@ -127,6 +129,9 @@ class PostTrainingQuantization(Callback):
             return {key: evaluate(candidate, split, mean, std, on_images) for key, split in run.splits.items()}
 
         floats = measure(network)
+        if carried:  # it is quantized already
+            run.save_carried(name, network, floats)
+            return
         if FLOAT_BITS in missing:
             run.save_float(name, network, floats)
         widths = [width for width in missing if width != FLOAT_BITS]

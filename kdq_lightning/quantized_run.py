@@ -28,6 +28,8 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import Evaluation, Split, evaluate, percent
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.quantization import Quantized
+from kdq_lightning.quantization.alphabet import QuantizedWeight
+from kdq_lightning.quantization.packing import save_packed
 from kdq_lightning.result_folder import ResultFolder
 from kdq_lightning.results import FLOAT_BITS, LayerRecord, Record
 
@@ -132,6 +134,14 @@ class QuantizedRun:
             load_state(network, self._trained[name].state, self._trained[name].path)
         return network.to(self.device).eval()
 
+    @cached_property
+    def carried(self) -> dict[str, QuantizedWeight]:
+        """The quantized weights that the module's network already carries, by layer; none of a float network."""
+        file = self.checkpoint or Path(self.module.weights or "")
+        if file.suffix != ".ckpt" or not self.module.carries_codes:
+            return self.module.carried_weights()
+        return self.module.carried_weights(read_checkpoint(file)["state_dict"])
+
     def statistics(self, name: str) -> tuple[Statistics, Statistics]:
         """Return channel means and deviations of a network's inputs."""
         source = self._trained.get(name, self.module)
@@ -194,6 +204,27 @@ class QuantizedRun:
 
         self.on_rank_zero(write)
 
+    def save_carried(self, name: str, network: nn.Module, found: Found) -> None:
+        """Pack and record a network that carries codes; there is no float network to compare it with.
+
+        Args:
+            name: Of the network.
+            network: With the weights that the codes stand for.
+            found: What it makes of each split.
+        """
+        weights = list(self.carried.values())
+        bits = max(weight.bits for weight in weights)
+        codebook = "+".join(sorted({weight.codebook for weight in weights}))
+        levels = max(weight.grid.numel() for weight in weights)
+        record = self._record(name, bits, found, None, codebook=codebook, levels=levels)
+
+        def write() -> None:
+            path = self.results.packed_path(name, codebook, bits)
+            save_packed(path, network, self.carried, self._metadata(name, record))
+            self.results.add(replace(record, packed_bytes=path.stat().st_size), _correct(found))
+
+        self.on_rank_zero(write)
+
     def _metadata(self, name: str, record: Record) -> dict[str, str]:
         mean, std = self.statistics(name)
         more = ("dataset", "strategy", "peer", "seed", "bits", "config_hash")
@@ -201,7 +232,7 @@ class QuantizedRun:
             record.network, self.module.num_classes, mean, std, **{key: str(getattr(record, key)) for key in more}
         )
 
-    def _record(self, name: str, bits: int, found: Found, floats: Found, **measured: Any) -> Record:
+    def _record(self, name: str, bits: int, found: Found, floats: Found | None, **measured: Any) -> Record:
         network = self.module.network_names()[name]
         main = "test" if "test" in found else "val"
         classes, correct = found[main].classes, found[main].correct
@@ -215,9 +246,9 @@ class QuantizedRun:
             val_top5=found["val"].top5 if "val" in found else None,
             test_top1=found["test"].top1 if "test" in found else None,
             test_top5=found["test"].top5 if "test" in found else None,
-            agreement_float=percent(classes == floats[main].classes),
+            agreement_float=None if floats is None else percent(classes == floats[main].classes),
             agreement_teacher=percent(classes == self.teacher[main].classes) if self.teacher else None,
-            flips=percent(correct != floats[main].correct),
+            flips=None if floats is None else percent(correct != floats[main].correct),
             nll=found[main].nll,
             ece=found[main].ece,
             partial=self.partial,

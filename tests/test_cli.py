@@ -161,7 +161,7 @@ def test_resume_refuses_another_run(images: Path, workspace: Path, capsys: pytes
 
 
 def test_print_config_round_trip(workspace: Path, capsys: pytest.CaptureFixture[str]):
-    for path in CONFIGS.glob("*_c*.yaml"):
+    for path in set(CONFIGS.glob("*_c*.yaml")) - set(CONFIGS.glob("study_*.yaml")):
         with pytest.raises(SystemExit) as stop:
             main(["fit", "--config", str(path), "--print_config"])
         assert stop.value.code == 0

@@ -22,8 +22,9 @@ from kdq_lightning.losses import cross_entropy
 from kdq_lightning.modules.schedule import Cycle, one_cycle
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.networks import build_network
+from kdq_lightning.quantization.alphabet import QuantizedWeight
 
-Strategy = Literal["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml"]
+Strategy = Literal["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml", "recover"]
 
 PRINTED = ("train/loss", "train/top1", "val/loss", "val/top1", "val/agreement", "train/images_per_second")
 
@@ -41,8 +42,11 @@ class Losses(NamedTuple):
 class Classifier(LightningModule):
     """Trains one network on labels: the teacher, and the control, which is the student without a teacher.
 
-    A strategy overrides `losses`; one with several networks also `networks`.
+    A strategy overrides `losses`; one with several networks also `networks`; one whose network is quantized already
+    `carried_weights`, and says so with `carries_codes`.
     """
+
+    carries_codes = False
 
     def __init__(
         self,
@@ -103,6 +107,14 @@ class Classifier(LightningModule):
     def network_names(self) -> dict[str, str]:
         """Return the name in `networks.NETWORKS` of each of `networks()`."""
         return {self.network_name: self.network_name}
+
+    def carried_weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, QuantizedWeight]:
+        """Return the quantized weights that the network already carries, by layer; none of a float network.
+
+        Args:
+            state: State dict of a checkpoint of this module that they are read from; None for those of now.
+        """
+        return {}
 
     def find_teacher(self) -> Teacher | None:
         """Return the teacher, whose answers quantized networks are compared with; None if there is none."""

@@ -117,6 +117,16 @@ def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {**values, **{alias: values[name] for alias, name in aliases.items()}}, metadata
 
 
+def read_weights(path: str | Path) -> dict[str, QuantizedWeight]:
+    """Return the quantized weights of a packed file by layer, codes and scales.
+
+    Raises:
+        UserError: If the file is missing, truncated, altered, or not a packed file.
+    """
+    tensors, _ = _read(Path(path))
+    return _split(tensors, _layout(tensors)[0])[0]
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Return the metadata that `save_packed` was given.
 
@@ -226,27 +236,39 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, _Layer]]:
     """Turn a file's contents into the network's state by name, weights dequantized; aliases; the quantized layers."""
-    layout = json.loads(zlib.decompress(tensors[".layout"].numpy().tobytes()))
-    layers = {name: _Layer(*entry) for name, entry in layout["layers"].items()}
+    layers, floats, aliases = _layout(tensors)
     values = {name: tensor for name, tensor in tensors.items() if not name.startswith(".")}
+    weights, numbers = _split(tensors, layers)
+    values |= {f"{name}.weight": weight.dequantize() for name, weight in weights.items()}
+    for name, shape in floats.items():
+        value, numbers = numbers.tensor_split([torch.Size(shape).numel()])
+        values[name] = value.view(shape)
+    return values, aliases, layers
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Layer], dict[str, list[int]], dict[str, str]]:
+    """Return the quantized layers, the shapes of the other numbers and the aliases."""
+    layout = json.loads(zlib.decompress(tensors[".layout"].numpy().tobytes()))
+    return {name: _Layer(*entry) for name, entry in layout["layers"].items()}, layout["floats"], layout["aliases"]
+
+
+def _split(tensors: Mapping[str, Tensor], layers: Mapping[str, _Layer]) -> tuple[dict[str, QuantizedWeight], Tensor]:
+    """Cut codes and numbers into the layers' weights; return them and the numbers that are left."""
+    weights = {}
     codes, numbers = tensors[".codes"], tensors[".floats"]
     for name, layer in layers.items():
         count = torch.Size(layer.shape).numel()
         packed, codes = codes.tensor_split([packed_size(count, layer.levels)])
         scale, numbers = numbers.tensor_split([layer.scales])
         levels, numbers = numbers.tensor_split([layer.levels * layer.own_grid])
-        weight = QuantizedWeight(
+        weights[name] = QuantizedWeight(
             codes=unpack_codes(packed, count, layer.levels).view(layer.shape),
             grid=levels if layer.own_grid else grid(layer.codebook, layer.bits),
             scale=scale,
             codebook=layer.codebook,
             bits=layer.bits,
         )
-        values[f"{name}.weight"] = weight.dequantize()
-    for name, shape in layout["floats"].items():
-        value, numbers = numbers.tensor_split([torch.Size(shape).numel()])
-        values[name] = value.view(shape)
-    return values, layout["aliases"], layers
+    return weights, numbers
 
 
 def _mismatch(

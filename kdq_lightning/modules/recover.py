@@ -1,0 +1,145 @@
+"""Recovering after quantization: the codes stay, and what multiplies and shifts them learns the teacher's answers."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kdq_lightning.checkpoints import FINISHED, versions
+from kdq_lightning.errors import UserError, check_range
+from kdq_lightning.losses import kd_loss
+from kdq_lightning.modules.classifier import Losses, Strategy
+from kdq_lightning.modules.distillation import Distillation
+from kdq_lightning.modules.schedule import Cycle, one_cycle
+from kdq_lightning.quantization.alphabet import QuantizedWeight
+from kdq_lightning.quantization.packing import load_packed, read_metadata, read_weights
+
+
+class Recover(Distillation):
+    """Trains a packed network on τ²·KL(target ‖ network), without labels; its codes stay as they are.
+
+    Trained are the scales, through a gain each that starts at 1, biases, and BatchNorm's weight and bias; BatchNorm is
+    in eval mode throughout. The target is the teacher for a student, the float network for a quantized teacher. The
+    packed file of the result has the size of the one that it came from: quantize-then-distil at equal bytes.
+    """
+
+    carries_codes = True
+
+    def __init__(
+        self,
+        packed: str,
+        bits: int | None = None,
+        temperature: float = 4.0,
+        learning_rate: float = 0.002,
+        strategy: Strategy = "recover",
+        **kwargs: Any,
+    ) -> None:
+        """Name the packed file; it is read when training starts.
+
+        Args:
+            packed: A packed file, or a run folder, whose newest finished version has one at `bits`.
+            bits: Bit width, if `packed` is a run folder; of several peers, the first one's file is taken.
+            temperature: τ > 0 that softens both networks; `.inf` for logit matching.
+            learning_rate: Peak of the schedule, taken as it is, for the batch size of the config.
+            strategy: What records call this run.
+            **kwargs: Those of `Distillation`; `network` is the one in the packed file.
+        """
+        super().__init__(strategy=strategy, learning_rate=learning_rate, **kwargs)
+        check_range("temperature", temperature, low=0)
+        self.packed, self.bits, self.temperature = packed, bits, temperature
+        self.gains = nn.ParameterList()
+        self._weights: dict[str, QuantizedWeight] = {}  # as they were packed
+
+    def setup(self, stage: str) -> None:
+        """Load the packed network; only training can't do without its file."""
+        if not self._weights and (stage == "fit" or Path(self.packed).exists()):
+            self._load_packed(find_packed(self.packed, self.bits))
+        super().setup(stage)
+
+    def _load_packed(self, path: Path) -> None:
+        metadata = read_metadata(path)
+        network, classes = metadata.get("network"), metadata.get("num_classes")
+        if (network, classes) != (self.network_name, str(self.num_classes)):
+            raise UserError(
+                f"{path} holds a {network} with {classes} classes, not a {self.network_name} with {self.num_classes}:"
+                " give --model.init_args.network its name, or another file"
+            )
+        load_packed(path, self.network)
+        self.mean, self.std = tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"]))
+        self._weights = read_weights(path)
+        for i, weight in enumerate(self._weights.values()):
+            self.gains.append(nn.Parameter(torch.ones_like(weight.scale)))
+            self.register_buffer(f"levels{i}", weight.grid[weight.codes.long()], persistent=False)
+            self.register_buffer(f"scale{i}", weight.scale, persistent=False)
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(parameter.ndim == 1)
+        self.network.eval()  # Lightning leaves the mode of modules as it finds it
+
+    def train(self, mode: bool = True) -> "Recover":
+        """Leave BatchNorm's statistics alone."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def cycles(self, total: int) -> list[tuple[list[nn.Module], Cycle]]:
+        """Give the gains the learning rate of the rest."""
+        return [([self.network, self.gains], one_cycle(total, self.warmup))]
+
+    def quantized_weights(self) -> dict[str, Tensor]:
+        """Return the weights by their names in the network, each gain · scale · level."""
+        found = {}
+        for i, (name, gain) in enumerate(zip(self._weights, self.gains, strict=True)):
+            levels, scale = getattr(self, f"levels{i}"), getattr(self, f"scale{i}")
+            found[f"{name}.weight"] = (gain * scale).reshape(-1, *[1] * (levels.ndim - 1)) * levels
+        return found
+
+    def losses(self, images: Tensor, labels: Tensor) -> Losses:
+        """τ²·KL(target ‖ network)."""
+        logits: Tensor = functional_call(self.network, self.quantized_weights(), (images,))
+        kd = kd_loss(logits, self.teacher_logits(images), self.temperature)
+        return Losses(kd, {"kd": kd}, logits)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Write the weights into the network, which validation, checkpoints and everyone else read."""
+        for name, weight in self.quantized_weights().items():
+            self.network.get_parameter(name).copy_(weight)
+
+    def carried_weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, QuantizedWeight]:
+        """Return codes and trained scales by layer.
+
+        Args:
+            state: State dict of a checkpoint of this module, to take the gains from; None takes its own.
+        """
+        state = self.state_dict() if state is None else state
+        return {
+            name: replace(weight, scale=state[f"gains.{i}"].detach().cpu() * weight.scale)
+            for i, (name, weight) in enumerate(self._weights.items())
+        }
+
+
+def find_packed(path: str | Path, bits: int | None) -> Path:
+    """Return the packed file that a path stands for.
+
+    Args:
+        path: The file itself, or a run folder.
+        bits: Bit width of the file in a run folder.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if bits is None:
+        raise UserError(f"{path} is a run folder: say which of its packed files is meant with --model.init_args.bits")
+    finished = [version for version in [path, *versions(path)] if (version / FINISHED).exists()]
+    found = sorted(finished[-1].glob(f"packed/*-{bits}bit.safetensors")) if finished else []
+    if not found:
+        raise UserError(f"{path} has no finished version with a packed file of {bits} bits: quantize it first")
+    return found[0]

@@ -1,0 +1,1 @@
+"""`kdq report`: from the records of any number of runs to tables, figures, tests and the answer."""

@@ -1,0 +1,151 @@
+"""Is one network better than another? Paired tests on the same images, over runs with different seeds."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdq_lightning.errors import UserError
+
+LEVEL = 0.05  # of every test; intervals cover 1 - LEVEL
+RESAMPLES = 10_000
+
+_BLOCK = 1000  # resamples whose counts are in memory at once
+
+
+class Difference(NamedTuple):
+    """A paired difference, in points of percent.
+
+    Attributes:
+        points: First minus second, on all images and runs.
+        low: Lower end of the interval that covers 95 %.
+        high: Its upper end.
+        p: Two-sided p-value of "no difference".
+        runs: Runs (seeds) on the thinner side; with 1 the interval knows the images' chance alone.
+    """
+
+    points: float
+    low: float
+    high: float
+    p: float
+    runs: int
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the test at `LEVEL` tells the two sides apart."""
+        return self.p < LEVEL
+
+
+class McNemar(NamedTuple):
+    """McNemar's test of two classifiers on the same images.
+
+    Attributes:
+        first_only: Images that the first alone gets right.
+        second_only: Images that the second alone gets right.
+        exact: Two-sided exact p-value.
+        mid_p: Its mid-p correction, which keeps the level and loses less power.
+    """
+
+    first_only: int
+    second_only: int
+    exact: float
+    mid_p: float
+
+
+def paired_bootstrap(
+    first: NDArray[np.integer] | NDArray[np.bool_],
+    second: NDArray[np.integer] | NDArray[np.bool_] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """Resample images and runs, and return the mean of `first` minus that of `second` with its percentile interval.
+
+    Every resample draws the images once for both sides, which keeps them paired, and the runs of each side apart. Of n
+    runs n - 1 are drawn, with replacement: only then is the variance of a mean of few runs not underestimated
+    (Rao & Wu 1988, Resampling inference with complex survey data, section 2). Drawing both images and runs errs on
+    the careful side (Owen 2007, The pigeonhole bootstrap). Images with the same values in every run are
+    interchangeable, so their counts are drawn (multinomial) instead of 10,000 indices.
+
+    Args:
+        first: (runs, images), 0 or 1 for wrong or right; or differences of such, -1 to 1.
+        second: (other runs, the same images), likewise; None compares `first` with 0.
+        resamples: How many; the smallest p-value is 2 / (resamples + 1).
+        seed: Of the resamples.
+
+    Raises:
+        UserError: If there are no images, or the two sides have other numbers of them.
+    """
+    first = np.atleast_2d(first)
+    runs = len(first) if second is None else min(len(first), len(np.atleast_2d(second)))
+    second = np.zeros_like(first[:1]) if second is None else np.atleast_2d(second)
+    if first.shape[1] != second.shape[1] or not first.size or not second.size:
+        raise UserError(
+            f"a paired test needs the same images on both sides, got {first.shape[1]} and {second.shape[1]}:"
+            " the records belong to different test sets"
+        )
+    values = np.concatenate([first, second]).astype(np.int8)  # (members, images)
+    patterns, counts = np.unique(values, axis=1, return_counts=True)
+    shares = counts / counts.sum()
+    sides = np.concatenate([np.full(len(first), 1 / len(first)), np.full(len(second), -1 / len(second))])
+    observed = float(patterns @ shares @ sides)
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for start in range(0, resamples, _BLOCK):
+        size = min(_BLOCK, resamples - start)
+        means = generator.multinomial(counts.sum(), shares, size) @ patterns.T / counts.sum()  # (size, members)
+        weights = [_draw_runs(generator, len(side), size) for side in (first, second)]
+        drawn.append((means[:, : len(first)] * weights[0]).sum(1) - (means[:, len(first) :] * weights[1]).sum(1))
+    differences = np.concatenate(drawn)
+    low, high = np.quantile(differences, [LEVEL / 2, 1 - LEVEL / 2])
+    # Sums of a few products round differently from 0: an exact tie must count on both sides.
+    beyond = min((differences <= 1e-12).sum(), (differences >= -1e-12).sum())
+    p = min(1.0, 2 * (int(beyond) + 1) / (resamples + 1))
+    return Difference(100 * observed, 100 * float(low), 100 * float(high), p, runs)
+
+
+def _draw_runs(generator: np.random.Generator, runs: int, size: int) -> NDArray[np.float64]:
+    """Return the weight of each run in each resample, (size, runs), rows summing to 1."""
+    drawn = max(runs - 1, 1)
+    return generator.multinomial(drawn, np.full(runs, 1 / runs), size) / drawn
+
+
+def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> McNemar:
+    """Test whether two classifiers are right equally often (McNemar 1947; mid-p: Fagerland et al. 2013).
+
+    Under the null hypothesis each image that one alone gets right is a fair coin.
+
+    Args:
+        first: (images,), whether the first classifier is right.
+        second: (the same images,), whether the second is.
+    """
+    b, c = int((first & ~second).sum()), int((second & ~first).sum())
+    n, least = b + c, min(b, c)
+    logs = np.array([math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(least + 1)])
+    chances = np.exp(logs - n * math.log(2))
+    tail = 2 * float(chances.sum())  # more than 1 where both are right equally often
+    return McNemar(b, c, min(1.0, tail), min(1.0, tail - float(chances[-1])))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust the p-values of a family of tests so that the chance of any false finding stays at the level (Holm 1979).
+
+    Args:
+        p_values: One a test.
+
+    Returns:
+        The adjusted p-values, in the same order, at most 1.
+    """
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and the sample deviation (n - 1), which a single value doesn't have."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return float(np.mean(values)), deviation

@@ -1,0 +1,58 @@
+"""`kdq study`: runs what a study's file lists and has no record yet, then writes the report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from kdq_lightning.errors import UserError
+from kdq_lightning.report.command import write_report
+from kdq_lightning.study.execution import execute
+from kdq_lightning.study.plan import Run, read_plan
+from kdq_lightning.study.progress import Progress, find_done
+
+ROOT = Path("runs")
+
+
+def main(args: list[str]) -> int:
+    """Run the study; the exit code is 0 only if every run of it is done."""
+    parser = ArgumentParser(prog="kdq study", description="A list of runs, resumable, and the report over them.")
+    parser.add_argument("config", type=Path, help="The study's file, such as configs/study_quickstart.yaml.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the commands that are left, and run none.")
+    parser.add_argument("--devices", type=int, default=1, help="Runs at once: one a GPU, or one a process on the CPU.")
+    parser.add_argument("--results", type=Path | None, default=None, help="Folder of records that exist elsewhere.")
+    options = parser.parse_args(args)
+    if options.devices < 1:
+        raise UserError(f"--devices must be at least 1, got {options.devices}")
+    if options.results is not None and not options.results.is_dir():
+        raise UserError(f"--results {options.results} is no folder: give one that holds run folders")
+    runs = read_plan(options.config, ROOT)
+    places = [place for place in (ROOT, options.results) if place is not None and place.is_dir()]
+    done = find_done(runs, places)
+    left = still_to_run(runs, done)
+    if options.dry_run:
+        print("\n".join(run.line for run in left))
+        return 0
+    progress = Progress(total=len(runs), left=len(left), devices=options.devices)
+    failed = execute(left, options.devices, progress)
+    done = find_done(runs, [place for place in (ROOT, options.results) if place is not None and place.is_dir()])
+    missing = [run for run in runs if run not in done]
+    if done:
+        folders = dict.fromkeys(folder for found in done.values() for folder in found)
+        write_report(list(folders), ROOT / options.config.stem / "report")
+    for run in missing:
+        log = f"see {run.log}" if run in failed else "its teacher is missing"
+        print(f"not done: {run.label} ({log})")
+    if missing:
+        print(f"{len(missing)} of {len(runs)} runs are not done; the same command goes on with them")
+    return int(bool(missing))
+
+
+def still_to_run(runs: Sequence[Run], done: dict[Run, list[Path]]) -> list[Run]:
+    """Return the runs without a record, and before them those whose weights they need and that are not here."""
+    wanted: list[Run] = []
+    for run in reversed(runs):
+        is_needed = any(run.name in other.needs and run.seed == other.seed for other in wanted)
+        if run not in done or (is_needed and not run.is_trained):
+            wanted.append(run)
+    return wanted[::-1]

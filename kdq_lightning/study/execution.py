@@ -1,0 +1,133 @@
+"""Runs commands: on one device in this process, which pays for start-up once, on several in a process each."""
+
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import yaml
+
+from kdq_lightning.cli import main, read_settings
+from kdq_lightning.results import config_hash
+from kdq_lightning.study.plan import Run
+from kdq_lightning.study.progress import Progress
+
+QUIET = ("--trainer.enable_progress_bar=false",)  # what is printed goes into a log
+
+
+def execute(runs: Sequence[Run], devices: int, progress: Progress) -> list[Run]:
+    """Run everything; past a failed run the others go on, except those that need it.
+
+    Args:
+        runs: Each after those that it needs.
+        devices: How many at once.
+        progress: Told of every run.
+
+    Returns:
+        The runs that failed.
+    """
+    return run_here(runs, progress) if devices == 1 else run_at_once(runs, devices, progress)
+
+
+def arguments_of(run: Run) -> list[str]:
+    """Return a run's command line; one that was cut off goes on, unless its settings were others."""
+    goes_on = run.unfinished is not None and _hash_of(run.unfinished) == read_settings(run.arguments).config_hash
+    return [*run.arguments, *QUIET, *(["--ckpt_path", "last"] if goes_on else [])]
+
+
+def _hash_of(version: Path) -> str | None:
+    """Return the hash of the settings that a version was started with, None if it doesn't say."""
+    try:
+        return config_hash(yaml.safe_load((version / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def run_here(runs: Sequence[Run], progress: Progress) -> list[Run]:
+    """Run one after the other in this process."""
+    failed: list[Run] = []
+    for i, run in enumerate(runs):
+        if _is_hopeless(run, failed):
+            failed.append(run)
+            continue
+        progress.start(run)
+        with _open_log(run) as log:
+            ok = _call(run, log)
+        failed += [] if ok else [run]
+        progress.finish(run, ok, [other for other in runs[i + 1 :] if not _is_hopeless(other, failed)])
+    return failed
+
+
+def _call(run: Run, log: TextIO) -> bool:
+    """Call `kdq` with its output in the log, and tell whether it succeeded.
+
+    Raises:
+        SystemExit: If the run was interrupted: the study ends, too.
+    """
+    with redirect_stdout(log), redirect_stderr(log):
+        try:
+            return main(arguments_of(run)) == 0
+        except SystemExit as stop:
+            if stop.code != 2:  # 2: an option is wrong; else Lightning was told to stop
+                raise
+        except Exception:
+            traceback.print_exc()
+    return False
+
+
+def run_at_once(runs: Sequence[Run], devices: int, progress: Progress) -> list[Run]:
+    """Run up to `devices` processes at once; where there are GPUs, each sees one."""
+    waiting, failed = list(runs), []
+    busy: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}
+    try:
+        while waiting or busy:
+            for device in [device for device, (_, process) in busy.items() if process.poll() is not None]:
+                run, process = busy.pop(device)
+                failed += [] if process.returncode == 0 else [run]
+                progress.finish(run, process.returncode == 0, [*waiting, *(other for other, _ in busy.values())])
+            failed += [run for run in waiting if _is_hopeless(run, failed)]
+            waiting = [run for run in waiting if run not in failed]
+            unfinished = [*waiting, *(run for run, _ in busy.values())]
+            ready = [run for run in waiting if not any(_needs(run, other) for other in unfinished)]
+            for device, run in zip((d for d in range(devices) if d not in busy), ready, strict=False):
+                progress.start(run)
+                busy[device] = run, _launch(run, device)
+                waiting.remove(run)
+            time.sleep(0.1)
+    finally:
+        for _, process in busy.values():
+            process.terminate()  # which saves a checkpoint
+        for _, process in busy.values():
+            process.wait()
+    return failed
+
+
+def _launch(run: Run, device: int) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    if torch.cuda.is_available():
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = names[device % len(names)]
+    with _open_log(run) as log:
+        command = [sys.executable, "-m", "kdq_lightning.cli", *arguments_of(run)]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _open_log(run: Run) -> TextIO:
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    return run.log.open("a", encoding="utf-8")
+
+
+def _needs(run: Run, other: Run) -> bool:
+    return other.name in run.needs and other.seed == run.seed
+
+
+def _is_hopeless(run: Run, failed: Sequence[Run]) -> bool:
+    """Whether a run needs one that failed."""
+    return any(_needs(run, other) for other in failed)

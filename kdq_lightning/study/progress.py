@@ -1,0 +1,108 @@
+"""Which runs of a study have their records, and how long the others will take."""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdq_lightning.cli import read_settings
+from kdq_lightning.results import FLOAT_BITS, Record, find_records
+from kdq_lightning.study.plan import Run
+
+
+def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Path]]:
+    """Return the runs that have all their records below the given places, and the folders of these.
+
+    A run's records are known by config hash and seed, so they may come from another machine or study.
+
+    Raises:
+        SystemExit: If an option of a run is unknown; a sentence has been printed then.
+    """
+    records: defaultdict[tuple[str, int], dict[Path, list[Record]]] = defaultdict(dict)
+    for folder, found in find_records(*places).items():
+        for record in found:
+            records[record.config_hash, record.seed].setdefault(folder, []).append(record)
+    hashes: dict[str, tuple[str, set[int], int]] = {}  # the same for every seed of a run
+    done = {}
+    for run in runs:
+        if run.name not in hashes:
+            settings = read_settings(run.arguments)
+            model = settings.config["model"]["init_args"]
+            bits = set(settings.config["quantization"]["bits"]) | {FLOAT_BITS}
+            # A network that carries codes is recorded at the one bit width that it has.
+            widths = set() if model.get("packed") else bits
+            hashes[run.name] = settings.config_hash, widths, len(model.get("networks") or [None])
+        config_hash, widths, networks = hashes[run.name]
+        folders = [
+            folder for folder, found in records[config_hash, run.seed].items() if _is_complete(found, widths, networks)
+        ]
+        if folders:
+            done[run] = folders
+    return done
+
+
+def _is_complete(records: Sequence[Record], widths: set[int], networks: int) -> bool:
+    """Whether there is a record of every network at every bit width; at any, if none is named."""
+    by_network: defaultdict[str, set[int]] = defaultdict(set)
+    for record in records:
+        by_network[record.name].add(record.bits)
+    return len(by_network) >= networks and all(bits >= widths for bits in by_network.values())
+
+
+class Progress:
+    """One line a run, with the time that is left as far as the runs before it tell."""
+
+    def __init__(self, total: int, left: int, devices: int) -> None:
+        """Say what there is to do.
+
+        Args:
+            total: Runs of the study.
+            left: Those to run now.
+            devices: Runs at once.
+        """
+        self.left, self.devices = left, devices
+        self.width = len(str(left))
+        self.finished = 0
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.started: dict[Run, float] = {}
+        print(f"{total} runs, {total - left} of them have their records already", flush=True)
+
+    def start(self, run: Run) -> None:
+        """Note when a run starts."""
+        self.started[run] = time.monotonic()
+
+    def finish(self, run: Run, ok: bool, waiting: Sequence[Run]) -> None:
+        """Print a run's line.
+
+        Args:
+            run: That has ended.
+            ok: Whether it succeeded.
+            waiting: Runs that have not ended.
+        """
+        seconds = time.monotonic() - self.started[run]
+        self.finished += 1
+        if ok:
+            self.seconds[run.name].append(seconds)
+        outcome = "done" if ok else f"FAILED, see {run.log}"
+        line = f"[{self.finished:{self.width}}/{self.left}] {run.label}: {outcome} in {format_seconds(seconds)}"
+        remaining = self.remaining(waiting)
+        print(f"{line}; about {format_seconds(remaining)} left" if remaining else line, flush=True)
+
+    def remaining(self, waiting: Sequence[Run]) -> float | None:
+        """Return the seconds that the runs will take: each like its own strategy's others, else like the mean of all.
+
+        None if nothing is known yet, or nothing is left.
+        """
+        every = [seconds for measured in self.seconds.values() for seconds in measured]
+        if not every or not waiting:
+            return None
+        means = {name: sum(measured) / len(measured) for name, measured in self.seconds.items()}
+        overall = sum(every) / len(every)
+        return sum(means.get(run.name, overall) for run in waiting) / min(self.devices, len(waiting))
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as 40 s, 12 min or 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

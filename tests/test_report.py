@@ -1,0 +1,285 @@
+"""The report on made-up records: rows, tables, the answer against brute force, claims, and broken inputs."""
+
+import csv
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdq_lightning.cli import main
+from kdq_lightning.errors import UserError
+from kdq_lightning.report.answer import choose_measurement, duels_by_budget, duels_by_file, files_of
+from kdq_lightning.report.claims import drops
+from kdq_lightning.report.command import write_report
+from kdq_lightning.report.published import BITS, TOP1, published_drop, published_top1
+from kdq_lightning.report.rows import read_rows
+from kdq_lightning.report.sentences import Wishes, shipped, verdict
+from kdq_lightning.report.significance import paired_bootstrap
+from kdq_lightning.report.tables import table_by_bits, to_csv, to_latex, to_markdown
+from kdq_lightning.results import CORRECT, read_records, write_records
+from tests.records import ACCURACIES, WIDTHS, draw_correct, write_run, write_study
+
+STRATEGIES = list(ACCURACIES)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the runs of a study on two data sets."""
+    root = tmp_path_factory.mktemp("study")
+    write_study(root / "ten")
+    write_study(root / "hundred", "cifar100", ("teacher", "vanilla"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of that study's report, with published values."""
+    out = tmp_path_factory.mktemp("report")
+    assert main(["report", str(study), "--out", str(out), "--published"]) == 0
+    return out
+
+
+def test_rows_hold_every_record(study: Path):
+    datasets, notes = read_rows([study])
+    assert not notes and list(datasets) == ["cifar10", "cifar100"]
+    rows = datasets["cifar10"]
+    assert [row.strategy for row in rows] == STRATEGIES
+    assert rows[0].label == "Teacher (resnet50)" and rows[0].seeds == [0, 1]
+    assert all(tuple(row.cells) == WIDTHS for row in rows)
+    dml = rows[-1].cells[4]
+    accuracies = [[m.record.test_top1 for m in dml.measurements if m.record.seed == seed] for seed in (0, 1)]
+    means = [sum(peers) / 2 for peers in accuracies]
+    assert dml.mean("test_top1") == pytest.approx(sum(means) / 2)
+    assert dml.mean_and_deviation("test_top1")[1] == pytest.approx(abs(means[0] - means[1]) / math.sqrt(2))
+    assert np.array_equal(dml.correct[1], draw_correct(89.5, 1007).numpy())  # peer0 alone is compared
+
+
+def test_table_in_all_forms(report: Path):
+    with (report / "accuracy_cifar10.csv").open() as file:
+        header, *rows = list(csv.reader(file))
+    assert header == ["", *(f"{b} bits, {2**b} levels" for b in range(2, 9)), "float (32 bits)"]
+    assert [row[0] for row in rows] == [row.split("|")[1].strip() for row in _table(report, "Teacher (resnet50)")]
+    match = re.fullmatch(r"(\d+\.\d\d) ± (\d\.\d\d) \(90\.90, ([+-]\d+\.\d\d)\)", rows[0][1])
+    assert float(match[1]) == pytest.approx(60.25, abs=0.01) and match[2] == "0.35" and match[3] == "-30.65"
+    assert "(" not in rows[1][1]  # no published control
+    text = (report / "accuracy_cifar10.tex").read_text()
+    assert text.count(r"\\") == len(rows) + 1 and text.count("&") == len(header[1:]) * (len(rows) + 1)
+    assert r"\textbf{72.25 $\pm$ 0.35 (71.87, +0.38)}" in text
+    bold = [re.findall(r"\*\*", line.split("|")[2]) for line in _table(report, "Teacher (resnet50)")]
+    assert [bool(found) for found in bold] == [False, False, True, False, False]  # vanilla is best at 2 bits
+
+
+def _table(report: Path, first: str) -> list[str]:
+    """Return the lines of the report's first table, from the given row on."""
+    lines = (report / "report.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first}"))
+    return lines[start : next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))]
+
+
+def test_markdown_says_what_others_rely_on(report: Path):
+    text = (report / "report.md").read_text()
+    for words in ("±", "p = ", "equal bytes", "not distinguishable", "cifar10", "cifar100", "## The answer"):
+        assert words in text
+    assert "Without any record: DKD, Hints." in text and str(report) not in text
+    for name in re.findall(r"\]\((.*?)\)", text):
+        assert (report / name).read_text().rstrip().endswith("</svg>")
+    assert "-0.00" not in text and "nan" not in text
+
+
+def test_pictures_are_drawn(report: Path):
+    """Every figure has the colours of its curves, as PNG as well."""
+    for name in ("accuracy_vs_bits", "accuracy_vs_bytes", "agreement_teacher", "relative_error"):
+        pixels = np.asarray(Image.open(report / f"{name}_cifar10.png").convert("RGB")).reshape(-1, 3)
+        assert ((pixels == (0x00, 0x72, 0xB2)).all(1)).sum() > 200, name  # vanilla's blue
+
+
+def test_equal_records_give_equal_reports(study: Path, report: Path, tmp_path: Path):
+    """To the byte, whatever the time they took."""
+    copy = tmp_path / "runs"
+    for folder in study.rglob("version_0"):
+        target = copy / folder.relative_to(study)
+        target.mkdir(parents=True)
+        (target / CORRECT).write_bytes((folder / CORRECT).read_bytes())
+        write_records(target, [replace(record, seconds=99.0) for record in read_records(folder)])
+    assert main(["report", str(copy), "--out", str(tmp_path / "again"), "--published"]) == 0
+    for path in sorted(report.iterdir()):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_missing_cells_are_missing(tmp_path: Path):
+    write_run(tmp_path / "a", "teacher", {2: 70, 4: 90, 32: 93}, network="resnet50")
+    write_run(tmp_path / "b", "vanilla", {4: 88, 32: 91})
+    datasets, _ = read_rows([tmp_path])
+    rows = to_csv(table_by_bits(datasets["cifar10"], "test_top1")).splitlines()
+    assert rows[1] == "Teacher (resnet50),70.00,missing,90.00,missing,missing,missing,missing,93.00"
+    assert rows[2] == "Vanilla KD (resnet18),missing,missing,88.00,missing,missing,missing,missing,91.00"
+
+
+def test_levels_are_named_in_cells_where_rows_differ(tmp_path: Path):
+    write_run(tmp_path / "a", "teacher", {2: 70}, network="resnet50", levels=5, codebook="paper")
+    write_run(tmp_path / "b", "vanilla", {2: 60})
+    table = table_by_bits(read_rows([tmp_path])[0]["cifar10"], "test_top1", best=max)
+    assert table.header[1] == "2 bits"
+    assert [row[1].text for row in table.rows] == ["70.00, 5 levels", "60.00, 4 levels"]
+    assert "**70.00, 5 levels**" in to_markdown(table) and r"\textbf{70.00, 5 levels}" in to_latex(table, "a_b")
+
+
+def test_duels_are_those_of_brute_force(study: Path):
+    """At every budget: the best file of each side on validation; the verdict of the paired test of these two."""
+    students, teachers = files_of(read_rows([study])[0]["cifar10"])
+    assert (len(students), len(teachers)) == (32, 8)
+    duels = duels_by_budget(students, teachers)
+    for budget in range(3000, 100_000, 500):
+        fitting = [[file for file in side if file.size <= budget] for side in (students, teachers)]
+        best = [max(side, key=lambda file: (file.selection, -file.size), default=None) for side in fitting]
+        found = [duel for duel in duels if duel.low <= budget < duel.high]
+        assert [(duel.student, duel.teacher) for duel in found] == ([tuple(best)] if any(best) else [])
+    tested = [duel for duel in duels if duel.difference]
+    for duel in tested:
+        sides = [np.stack(list(file.cell.correct.values())) for file in (duel.student, duel.teacher)]
+        assert duel.difference == paired_bootstrap(*sides)
+        assert duel.p >= duel.difference.p
+        assert duel.winner == ("" if duel.p >= 0.05 else "student" if duel.difference.points > 0 else "teacher")
+    assert tested[0].winner == "student" and tested[0].mcnemar.mid_p < 1e-6
+    for duel in duels_by_file(students, teachers):
+        for file, other in ((duel.student, duel.teacher), (duel.teacher, duel.student)):
+            assert file is None or other is None or max(file.size, other.size) == duel.low
+
+
+def test_choice_never_looks_at_the_test(tmp_path: Path):
+    """The student that is best on validation and worst on the test images stands for its side."""
+    write_run(tmp_path / "t", "teacher", {4: 90}, network="resnet50")
+    write_run(tmp_path / "a", "vanilla", {4: 95}, val_top1=80.0)
+    write_run(tmp_path / "b", "mixup", {4: 60}, val_top1=99.0)
+    rows = read_rows([tmp_path])[0]["cifar10"]
+    last = duels_by_budget(*files_of(rows))[-1]
+    assert last.student.row.strategy == "mixup" and last.winner == "teacher"
+    assert choose_measurement(rows, 1e9, None)[0].row.strategy == "mixup"
+    write_run(tmp_path / "t", "teacher", {4: 90}, network="resnet50", val_top1=None)
+    assert verdict(duels_by_budget(*files_of(read_rows([tmp_path])[0]["cifar10"]))) is None
+
+
+def test_file_to_ship(study: Path):
+    datasets, _ = read_rows([study])
+    every = [
+        (m.record.packed_bytes, m.record.val_top1)
+        for row in datasets["cifar10"]
+        for cell in row.cells.values()
+        for m in cell.measurements
+    ]
+    chosen = choose_measurement(datasets["cifar10"], 8000, None)[1].record
+    assert chosen.val_top1 == max(value for size, value in every if size <= 8000)
+    chosen = choose_measurement(datasets["cifar10"], None, 90)[1].record
+    assert chosen.packed_bytes == min(size for size, value in every if value >= 90)
+    assert choose_measurement(datasets["cifar10"], 4000, 90) is None
+    said = shipped(datasets["cifar10"], Wishes(4000, 90))
+    assert said == [" No file has at most 4 kB and at least 90 % on validation."]
+
+
+def test_drops_are_paired_contrasts(study: Path):
+    rows = read_rows([study])[0]["cifar10"]
+    found = {(drop.row.strategy, drop.bits): drop for drop in drops(rows)}
+    assert len(found) == 35
+    correct = {
+        row.strategy: {bits: np.stack(list(c.correct.values())) for bits, c in row.cells.items()} for row in rows
+    }
+    for strategy in ("vanilla", "teacher"):
+        lost = {name: cells[32].mean(1) - cells[3].mean(1) for name, cells in correct.items()}
+        drop = found[strategy, 3]
+        assert drop.own.points == pytest.approx(100 * lost[strategy].mean())
+        assert drop.versus_control.points == pytest.approx(100 * (lost[strategy].mean() - lost["control"].mean()))
+    assert found["vanilla", 3].versus_teacher.points < 0 and found["teacher", 3].versus_teacher is None
+    assert found["vanilla", 3].published == published_drop("cifar10", "vanilla", 3) == pytest.approx(90.77 - 82.40)
+
+
+def test_recovered_bit_widths_are_one_row(tmp_path: Path):
+    for bits in (2, 3):
+        for seed in (0, 1):
+            folder = tmp_path / f"seed{seed}" / f"recover_{bits}bit"
+            write_run(folder, "recover", {bits: 80}, seed=seed, run=f"recover_{bits}bit", config_hash=f"hash{bits}")
+    write_run(tmp_path / "other", "recover", {2: 70}, run="recover_control_2bit", config_hash="other")
+    rows = read_rows([tmp_path])[0]["cifar10"]
+    assert sorted((list(row.cells), row.seeds) for row in rows) == [([2], [0]), ([2, 3], [0, 1])]
+    assert len({row.label for row in rows}) == 2
+
+
+# --- broken inputs
+
+
+def test_no_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "there is no quantized.csv below" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["report", str(tmp_path / "nowhere")]) == 1
+    assert "is no folder" in capsys.readouterr().err
+
+
+def test_two_runs_with_the_same_key(tmp_path: Path):
+    """The newer one counts, the tenth version being newer than the second; equal ones are not worth a word."""
+    write_run(tmp_path / "version_2", "control", {4: 80})
+    write_run(tmp_path / "version_10", "control", {4: 80}, seconds=77.0)
+    assert read_rows([tmp_path])[1] == []
+    write_run(tmp_path / "version_10", "control", {4: 85})
+    datasets, notes = read_rows([tmp_path])
+    assert datasets["cifar10"][0].cells[4].mean("test_top1") == 85 and len(notes) == 1
+    assert "version_2" in notes[0] and "version_10" in notes[0]
+
+
+def test_other_settings_are_another_row(tmp_path: Path):
+    write_run(tmp_path / "a", "control", {4: 80})
+    write_run(tmp_path / "b", "control", {4: 85}, config_hash="other", run="control_slow")
+    rows = read_rows([tmp_path])[0]["cifar10"]
+    assert [row.label for row in rows] == ["Control (resnet18) control", "Control (resnet18) control_slow"]
+
+
+def test_records_without_vectors(tmp_path: Path):
+    """Shown in tables, left out of tests, and said so."""
+    write_run(tmp_path / "t", "teacher", {4: 90, 32: 93}, network="resnet50")
+    write_run(tmp_path / "s", "control", {4: 88, 32: 91}, vectors=False)
+    datasets, notes = read_rows([tmp_path])
+    assert len(notes) == 1 and "no images in correct.safetensors at 4, 32 bits" in notes[0]
+    assert {drop.row.strategy for drop in drops(datasets["cifar10"])} == {"teacher"}
+    text = write_report([tmp_path], tmp_path / "out").read_text()
+    assert "| Control (resnet18) | missing | missing | 88.00" in text and "the question stays open" in text
+    (tmp_path / "s" / CORRECT).write_bytes(b"broken")
+    with pytest.raises(UserError, match="damaged"):
+        read_rows([tmp_path])
+
+
+def test_other_versions_and_other_headers(tmp_path: Path):
+    write_run(tmp_path / "a", "control", {4: 80})
+    write_run(tmp_path / "b", "teacher", {4: 85}, version="0.0.9")
+    assert read_rows([tmp_path])[1] == ["The records were written by different releases: 0.0.9, 0.1.0."]
+    (tmp_path / "b" / "quantized.csv").write_text("run,accuracy\nx,1\n")
+    with pytest.raises(UserError, match="another header"):
+        read_rows([tmp_path])
+
+
+def test_other_test_images(tmp_path: Path):
+    write_run(tmp_path / "a", "control", {4: 80})
+    write_run(tmp_path / "b", "teacher", {4: 85}, images=1000)
+    with pytest.raises(UserError, match="different test sets"):
+        files_of(read_rows([tmp_path])[0]["cifar10"])
+    write_run(tmp_path / "b", "teacher", {4: 85}, images=1000, partial=True)
+    rows = read_rows([tmp_path])[0]["cifar10"]
+    assert rows[0].label == "Teacher (resnet18), partial"
+    assert [len(side) for side in files_of(rows)] == [1, 0]
+
+
+@pytest.mark.parametrize("arguments", [["--max_bytes", "-1"], ["--min_accuracy", "101"], ["--out", "file/report"]])
+def test_bad_wishes(arguments: list[str], study: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    Path("file").write_text("")
+    assert main(["report", str(study / "ten" / "seed0" / "control"), *arguments]) == 1
+    assert arguments[0] in capsys.readouterr().err or arguments[0] == "--out"
+
+
+def test_published_values():
+    assert all(len(row) == len(BITS) for rows in TOP1.values() for row in rows.values())
+    assert published_top1("cifar100", "dkd", 2) == 22.20 and published_top1("cifar100", "control", 2) is None
+    assert published_top1("digits", "teacher", 2) is None and published_top1("cifar10", "teacher", 9) is None
+    assert published_drop("cifar100", "vanilla", 8) == pytest.approx(75.72 - 70.54)
+    assert published_drop("cifar100", "dkd", 2) == pytest.approx(58.01 - 22.20)

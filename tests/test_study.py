@@ -1,0 +1,301 @@
+"""Studies: plans, what is done, what failed, several at once, and a whole one on digits that is cut off and resumed."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from kdq_lightning.cli import main, read_settings
+from kdq_lightning.errors import UserError
+from kdq_lightning.networks import build_network
+from kdq_lightning.study import execution
+from kdq_lightning.study.command import still_to_run
+from kdq_lightning.study.plan import Run, read_plan
+from kdq_lightning.study.progress import Progress, find_done, format_seconds
+from tests.conftest import CONFIGS
+from tests.records import write_run
+
+STUDIES = sorted(CONFIGS.glob("study_*.yaml"))
+
+TINY = {
+    "seeds": [3],
+    "overrides": {
+        "data": "DigitsDataModule",
+        "data.init_args.batch_size": 64,
+        "trainer.max_epochs": 1,
+        "trainer.limit_train_batches": 2,
+        "trainer.limit_val_batches": 1,
+        "trainer.limit_test_batches": 1,
+        "trainer.accelerator": "cpu",
+        "quantization.bits": [2],
+        "quantization.calibration_images": 16,
+    },
+    "runs": {
+        "teacher": {"config": "teacher_cpu.yaml", "overrides": {"model.init_args.network": "resnet8"}},
+        "vanilla": {
+            "config": "vanilla_cpu.yaml",
+            "overrides": {"model.init_args.network": "resnet8", "model.init_args.teacher": "{teacher}"},
+        },
+    },
+}
+
+
+def write_plan(content: object, name: str = "tiny") -> Path:
+    """Write a study beside copies of the shipped configs."""
+    for config in CONFIGS.glob("*_cpu.yaml"):
+        shutil.copy(config, config.name)
+    path = Path(f"{name}.yaml")
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_plan(workspace: Path):
+    runs = read_plan(write_plan(TINY | {"seeds": [0, 7]}), Path("runs"))
+    assert [(run.name, run.seed) for run in runs] == [(n, s) for s in (0, 7) for n in ("teacher", "vanilla")]
+    student = runs[3]
+    assert student.needs == ("teacher",) and student.folder == Path("runs/tiny/seed7/vanilla")
+    assert "--model.init_args.teacher=runs/tiny/seed7/teacher" in student.arguments
+    assert "--quantization.bits=[2]" in student.arguments
+    assert student.line.startswith("kdq fit --config vanilla_cpu.yaml --name vanilla --seed_everything 7 ")
+    settings = [read_settings(run.arguments) for run in runs]
+    assert settings[1].config["data"]["class_path"].endswith("DigitsDataModule")
+    assert settings[1].config["quantization"]["bits"] == (2,)
+    hashes = [s.config_hash for s in settings]
+    assert hashes[0] == hashes[2] != hashes[1] == hashes[3]  # of everything but the seed
+
+
+def test_public_weights(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Weights that are there are quantized, once, and teach; where they are not, the teacher is trained."""
+    weights = {"path": "public.safetensors", "network": "resnet8", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    runs = {**TINY["runs"], "teacher": {**TINY["runs"]["teacher"], "weights": weights}}
+    path = write_plan(TINY | {"seeds": [0, 1], "runs": runs})
+    assert [run.command for run in read_plan(path, Path("runs"))] == ["fit"] * 4
+    assert capsys.readouterr().err == "public.safetensors is not there: teacher is trained instead\n"
+    save_file(build_network("resnet8", 10).state_dict(), "public.safetensors")
+    plan = read_plan(path, Path("runs"))
+    assert [(run.name, run.command) for run in plan] == [
+        ("teacher", "quantize"),
+        ("vanilla", "fit"),
+        ("vanilla", "fit"),
+    ]
+    model = read_settings(plan[2].arguments).config["model"]["init_args"]
+    assert model["teacher"] == "public.safetensors" and model["teacher_network"] == "resnet8"
+    assert model["teacher_mean"] == (0.5, 0.5, 0.5) and plan[2].needs == ()
+    model = read_settings(plan[0].arguments).config["model"]["init_args"]
+    assert model["weights"] == "public.safetensors" and model["weights_std"] == (0.2, 0.2, 0.2)
+
+
+BAD = [
+    ("runs: [", "is no YAML"),
+    ("seeds: [0]", "lacks runs"),
+    ("runs: {a: {config: teacher_cpu.yaml}}\nbudget: 3", "unknown budget"),
+    ("runs: {a: {config: nothing.yaml}}", "does not exist"),
+    ("runs: {a: {config: teacher_cpu.yaml, epochs: 3}}", "unknown epochs"),
+    ("runs: {a: {config: teacher_cpu.yaml}}\nseeds: 3", "whole numbers"),
+    ("runs: {a: {config: teacher_cpu.yaml, overrides: [x]}}", "options with their values"),
+    ("runs: {a: {config: vanilla_cpu.yaml, overrides: {model.init_args.teacher: '{b}'}}}", "needs {b}"),
+    ("runs: []", "names with a config"),
+]
+
+
+@pytest.mark.parametrize(("text", "sentence"), BAD, ids=[sentence for _, sentence in BAD])
+def test_bad_plans(text: str, sentence: str, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    path = write_plan({})
+    path.write_text(text)
+    assert main(["study", str(path)]) == 1
+    assert sentence in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_bad_options(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    path = write_plan(TINY)
+    assert main(["study", "nothing.yaml"]) == 1 and "nothing.yaml cannot be read" in capsys.readouterr().err
+    assert main(["study", str(path), "--devices", "0"]) == 1 and "at least 1" in capsys.readouterr().err
+    assert main(["study", str(path), "--results", "x"]) == 1 and "is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
+def test_shipped_plans(path: Path, workspace: Path):
+    """The teacher first, then all strategies; students learn from the teacher of their seed."""
+    runs = read_plan(path, Path("runs"))
+    names = [run.name for run in runs if run.seed == runs[0].seed]
+    assert names[:7] == ["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml"]
+    assert len({run.seed for run in runs}) >= 2
+    for run in runs:
+        assert ("teacher" in run.needs) == (run.name not in ("teacher", "control", "dml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
+def test_shipped_plans_are_understood(path: Path, workspace: Path):
+    runs = read_plan(path, Path("runs"))
+    hashes = [read_settings(run.arguments).config_hash for run in runs if run.seed == runs[0].seed]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_done_is_what_has_every_record(workspace: Path):
+    """All bit widths and all peers, of this config and seed, wherever they lie."""
+    runs = read_plan(write_plan(TINY), Path("runs"))
+    assert find_done(runs, []) == {}
+    settings = read_settings(runs[0].arguments).config_hash
+    folder = Path("elsewhere/any/version_0")
+    for bits, seed, done in (((2,), 3, False), ((2, 32), 2, False), ((2, 32), 3, True)):
+        accuracies = dict.fromkeys(bits, 80.0)
+        write_run(folder, "teacher", accuracies, seed=seed, network="resnet18", config_hash=settings)
+        assert list(find_done(runs, [Path("elsewhere")])) == ([runs[0]] if done else [])
+    assert find_done(runs, [Path("elsewhere")])[runs[0]] == [folder]
+    # Its weights are not here, and the student, which has no record, needs them.
+    assert still_to_run(runs, {runs[0]: [folder]}) == runs
+    assert still_to_run(runs, {runs[1]: [folder]}) == runs[:1]
+    assert still_to_run(runs, {run: [folder] for run in runs}) == []
+
+
+def make_runs(*names: str, needs: str = "") -> list[Run]:
+    return [
+        Run(name, 0, "fit", ("--name", name), Path("runs"), (needs,) * (i > 0 and bool(needs)))
+        for i, name in enumerate(names)
+    ]
+
+
+def test_goes_on_past_a_failed_run(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    called = []
+
+    def fake(arguments: list[str]) -> int:
+        name = arguments[2]
+        called.append(name)
+        print(f"printed by {name}")
+        if name == "raises":
+            raise RuntimeError("a bug")
+        if name == "option":
+            raise SystemExit(2)
+        return int(name == "fails")
+
+    monkeypatch.setattr(execution, "main", fake)
+    runs = [*make_runs("fails", "needs it", needs="fails"), *make_runs("raises", "option", "works")]
+    progress = Progress(5, 5, 1)
+    failed = execution.execute(runs, 1, progress)
+    assert [run.name for run in failed] == ["fails", "needs it", "raises", "option"]
+    assert called == ["fails", "raises", "option", "works"]
+    out = capsys.readouterr().out
+    assert "printed by" not in out and out.count("FAILED, see runs/") == 3 and "works, seed 0: done" in out
+    assert "a bug" in Path("runs/raises.log").read_text()
+    monkeypatch.setattr(execution, "main", lambda arguments: (_ for _ in ()).throw(SystemExit(143)))
+    with pytest.raises(SystemExit):
+        execution.execute(runs[:1], 1, progress)
+
+
+def test_several_at_once(workspace: Path, monkeypatch: pytest.MonkeyPatch):
+    """Never more than the devices; a run starts after the one that it needs; a failure skips only what needs it."""
+    running: dict[str, subprocess.Popen] = {}
+    most, order = 0, []
+
+    def launch(run: Run, device: int) -> subprocess.Popen:
+        nonlocal most
+        alive = [name for name, process in running.items() if process.poll() is None]
+        assert not set(run.needs) & set(alive) and set(run.needs) <= set(running)
+        most = max(most, len(alive) + 1)
+        order.append((run.name, device))
+        code = f"import time, sys; time.sleep(0.5); sys.exit({int(run.name == 'b')})"
+        running[run.name] = subprocess.Popen([sys.executable, "-c", code])
+        return running[run.name]
+
+    monkeypatch.setattr(execution, "_launch", launch)
+    runs = [*make_runs("a", "a1", "a2", "a3", needs="a"), *make_runs("b", "b1", needs="b")]
+    failed = execution.execute(runs, 2, Progress(6, 6, 2))
+    assert [run.name for run in failed] == ["b", "b1"] and most == 2
+    assert sorted(name for name, _ in order) == ["a", "a1", "a2", "a3", "b"]
+    assert order[:2] == [("a", 0), ("b", 1)]
+
+
+def test_remaining_time():
+    progress = Progress(4, 4, devices=1)
+    fast, slow, other = make_runs("fast", "slow", "other")
+    assert progress.remaining([slow]) is None
+    progress.seconds = {"fast": [10.0, 20.0], "slow": [60.0]}
+    assert progress.remaining([fast, slow, other]) == pytest.approx(15 + 60 + 30)
+    assert progress.remaining([]) is None
+    assert [format_seconds(s) for s in (59.6, 600, 7200)] == ["60 s", "10 min", "2.0 h"]
+
+
+def test_a_whole_study(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Run, run again with nothing to do, cut off in three ways and resumed: the same report to the byte."""
+    path = write_plan(TINY)
+    assert main(["study", str(path), "--dry_run"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 and not Path("runs").exists()
+    assert main(["study", str(path)]) == 0, [log.read_text() for log in Path("runs").rglob("*.log")]
+    out = capsys.readouterr().out
+    assert "2 runs, 0 of them" in out and "[1/2] teacher, seed 3: done" in out and "left" in out
+    report = {file.name: file.read_bytes() for file in Path("runs/tiny/report").iterdir()}
+    assert b"equal bytes" in report["report.md"] and b", partial" in report["report.md"]
+    assert main(["study", str(path)]) == 0 and "2 of them have their records already" in capsys.readouterr().out
+
+    vanilla = Path("runs/tiny/seed3/vanilla/version_0")
+    (vanilla / "quantized.csv").unlink()  # killed after training
+    assert main(["study", str(path)]) == 0
+    assert [folder.name for folder in vanilla.parent.iterdir()] == ["version_0"]  # gone on with, not trained again
+    shutil.rmtree(vanilla)
+    vanilla.mkdir()  # killed before the first checkpoint
+    shutil.copytree("runs/tiny/seed3/teacher", "elsewhere/teacher")
+    shutil.rmtree("runs/tiny/seed3/teacher")  # done on another machine, and the student needs its weights
+    assert main(["study", str(path), "--results", "elsewhere"]) == 0
+    assert (vanilla.parent / "version_1" / "finished").exists()
+    assert {file.name: file.read_bytes() for file in Path("runs/tiny/report").iterdir()} == report
+
+
+@pytest.mark.slow
+def test_other_settings_start_again(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Nothing of what is there counts, and nothing is resumed."""
+    assert main(["study", str(write_plan(TINY))]) == 0
+    changed = TINY | {"overrides": TINY["overrides"] | {"quantization.calibration_images": 20}}
+    capsys.readouterr()
+    assert main(["study", str(write_plan(changed))]) == 0
+    assert "2 runs, 0 of them" in capsys.readouterr().out
+    assert Path("runs/tiny/seed3/vanilla/version_1/finished").exists()
+
+
+@pytest.mark.slow
+def test_killed_quickstart_study(workspace: Path):
+    """Killed at any moment, the quickstart's study goes on to the report of an unbroken one, in under 6 minutes."""
+    command = [sys.executable, "-m", "kdq_lightning.cli", "study", str(CONFIGS / "study_quickstart.yaml")]
+    start = time.monotonic()
+    subprocess.run(command, check=True)
+    assert time.monotonic() - start < 360
+    folder = Path("runs/study_quickstart/report")
+    report = {file.name: file.read_bytes() for file in folder.iterdir()}
+    shutil.rmtree("runs")
+    for seconds in (15, 40, 60):
+        process = subprocess.Popen(command)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == report
+
+
+def test_two_processes_see_their_gpus(workspace: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each process has one of the visible GPUs."""
+    seen = []
+
+    class FakeProcess:
+        def __init__(self, command: list[str], env: dict[str, str], **_: object):
+            seen.append((env["CUDA_VISIBLE_DEVICES"], command[3:6]))
+
+    monkeypatch.setattr(execution.subprocess, "Popen", FakeProcess)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    for device, run in enumerate(make_runs("a", "b")):
+        execution._launch(run, device)
+    assert seen == [("4", ["fit", "--name", "a"]), ("6", ["fit", "--name", "b"])]
+
+
+def test_plan_needs_a_readable_file(tmp_path: Path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_plan(tmp_path / "none.yaml", Path("runs"))
