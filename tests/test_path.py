@@ -181,6 +181,16 @@ def test_sequences_and_tokens():
     assert all(layer.relative_error < 0.02 for layer in result.layers)
 
 
+def test_official_mode_takes_every_token_once():
+    torch.manual_seed(0)
+    network, tokens = nn.Linear(6, 5), torch.randn(20, 9, 6)
+    official = quantize(network, [tokens], bits=(3,), mode="official")[3]
+    flat = quantize(network, [tokens.flatten(0, 1)], bits=(3,), mode="official")[3]
+    assert official.layers[0].rows == 180
+    assert torch.equal(official.weights[""].codes, flat.weights[""].codes)
+    assert official.layers[0].relative_error == pytest.approx(flat.layers[0].relative_error, rel=1e-5)
+
+
 class Transpose(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2)

@@ -38,7 +38,7 @@ def quantize_published(model: nn.Module, images: Tensor, bits: int, seed: int = 
         x = columns(layer, inputs_of(model, layer, images), index, seed)
         x_quantized = columns(target, inputs_of(quantized, target, images), index, seed)
         step = RANGE * layer.weight.flatten(1).abs().amax(1).mean() / 2 ** (bits - 1)
-        weights = layer.weight.view(len(x), -1, x.shape[1])
+        weights = layer.weight.view(len(x), -1, x.shape[2])
         solved = [solve(*group, step, bits) for group in zip(weights, x, x_quantized, strict=True)]
         target.weight.copy_(torch.cat(solved).view_as(target.weight))
     return quantized
@@ -47,33 +47,36 @@ def quantize_published(model: nn.Module, images: Tensor, bits: int, seed: int = 
 def solve(weight: Tensor, x: Tensor, x_quantized: Tensor, step: Tensor, bits: int) -> Tensor:
     """Quantize the neurons of one group: u += w_t x_t, q_t = Q(<x̃_t, u> / |x̃_t|²), u -= q_t x̃_t (equation 4).
 
+    The expressions are those of the published code, one outer product in memory at a time.
+
     Args:
         weight: (neurons, N).
-        x: The float network's inputs, (N, m).
-        x_quantized: The quantized network's inputs, (N, m).
+        x: The float network's inputs, (m, N).
+        x_quantized: The quantized network's inputs, (m, N).
         step: Distance of two levels.
         bits: Bit width.
     """
     half = 2 ** (bits - 1)
-    residual = x.new_zeros(len(weight), x.shape[1])
+    residual = x.new_zeros(len(weight), len(x))
     solved = torch.zeros_like(weight)
-    for t in range(len(x)):
-        residual.addr_(weight[:, t], x[t])
-        energy = x_quantized[t] @ x_quantized[t]
+    for t in range(weight.shape[1]):
+        residual += weight[:, t].unsqueeze(1) * x[:, t].unsqueeze(0)
+        energy = torch.linalg.norm(x_quantized[:, t]) ** 2
         if energy > 0:
-            solved[:, t] = (residual @ x_quantized[t] / (energy * step) + 0.5).floor().clamp(-half, half) * step
-        residual.addr_(solved[:, t], x_quantized[t], alpha=-1)
+            value = residual @ x_quantized[:, t] / energy
+            solved[:, t] = step * (value / step + 0.5).floor().clamp(-half, half)
+        residual -= solved[:, t].unsqueeze(1) * x_quantized[:, t].unsqueeze(0)
     return solved
 
 
 def columns(layer: Layer, inputs: Tensor, index: int, seed: int) -> Tensor:
-    """Return the rows that a layer is solved on, transposed: (groups, N, m).
+    """Return the rows that a layer is solved on, (groups, m, N).
 
     A convolution's patches are cut side by side (stride = kernel size) and drawn with replacement; a linear layer takes
     all that it is given.
     """
     if isinstance(layer, nn.Linear):
-        return inputs.reshape(1, -1, layer.in_features).mT.contiguous()
+        return inputs.reshape(1, -1, layer.in_features)
     assert isinstance(layer.padding, tuple)
     patches = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, stride=layer.kernel_size)
     images, size, positions = patches.shape
@@ -81,7 +84,7 @@ def columns(layer: Layer, inputs: Tensor, index: int, seed: int) -> Tensor:
         seed, index, torch.arange(images), int(FRACTION * positions + 1), positions, replacement=True
     )
     chosen = patches.gather(2, drawn.unsqueeze(1).expand(-1, size, -1))
-    return chosen.transpose(0, 1).reshape(layer.groups, size // layer.groups, -1)
+    return chosen.transpose(1, 2).reshape(-1, layer.groups, size // layer.groups).transpose(0, 1)
 
 
 def execution_order(model: nn.Module, image: Tensor) -> list[str]:

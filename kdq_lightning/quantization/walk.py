@@ -164,7 +164,8 @@ class Walk:
         draws = self._draws(patches, positions, calibration.total * per_image)
         numbers = torch.arange(first, first + samples)
         index = len(self.weights[0])
-        chosen = draw_positions(calibration.seed, index, numbers, draws, positions, replacement=recipe.official)
+        replacement = recipe.official and not isinstance(patches.layer, nn.Linear)
+        chosen = draw_positions(calibration.seed, index, numbers, draws, positions, replacement=replacement)
         cross = [recipe.solver == "gpfq" for recipe in self.recipes]
         return collect(patches, parts, chosen.to(inputs.device), first_sample=first, cross=cross)
 
