@@ -17,5 +17,5 @@ def test_accuracies_of_the_engine():
         found = {(row["method"], row["bits"]): row for row in record["accuracies"]}
         assert network == f"{mean(found['float', 32]['top1']):.2f}"
         assert levels == str(found[method, 2]["levels"])
-        expected = [f"{mean(found[method, bits]['top1']):.2f}" if (method, bits) in found else "–" for bits in BITS]
+        expected = [f"{mean(found[method, bits]['top1']):.2f}" if (method, bits) in found else "-" for bits in BITS]
         assert cells == expected
