@@ -113,12 +113,13 @@ class CommandLine(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(refresh_rate=20))
         self.quantization: PostTrainingQuantization = self._get(self.config_init, "quantization")
+        if self.subcommand in ("fit", "quantize"):
+            self.quantization.config_hash = self.hash_config()
         logger: Any = False
         if self.subcommand == "quantize":
             logger = self._quantization_dashboard()
             callbacks.append(RunFolder())
         elif self.subcommand == "fit":
-            self.quantization.config_hash = self.hash_config()
             logger = self._dashboard() if config.get("logger") in (None, True) else config["logger"]
             callbacks.append(RunFolder())
             if config.get("enable_checkpointing") is not False:
@@ -149,7 +150,6 @@ class CommandLine(LightningCLI):
 
     def _quantization_dashboard(self) -> Dashboard:
         """Return the logger of the newest version, if that is an unfinished one of this config and these weights."""
-        self.quantization.config_hash = self.hash_config()
         name = f"{self.run_name}-quantized"
         newest = next(reversed(versions(self.root / name)), None)
         if newest is None or (newest / FINISHED).exists():

@@ -215,6 +215,18 @@ def test_layer_used_twice_is_solved_on_its_first_call(images):
     assert torch.equal(once.model.weight, result.model.conv.weight)
 
 
+def test_layer_called_by_keyword(images):
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(input=x)
+
+    assert [layer.name for layer in quantize(ByKeyword(), [images], bits=(4,))[4].layers] == ["conv"]
+
+
 def test_layer_never_reached_is_named_and_left_in_float(images):
     class Unused(nn.Module):
         def __init__(self):

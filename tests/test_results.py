@@ -130,7 +130,7 @@ def test_config_hash(workspace: Path, capsys: pytest.CaptureFixture[str]):
     same = ["--seed_everything=7", "--data.root=elsewhere", "--trainer.accelerator=cpu", "--trainer.devices=2"]
     same += ["--trainer.strategy=ddp", "--trainer.enable_progress_bar=false", "--name=other", "--data.seed=4"]
     assert config_hash(parsed(*same)) == plain
-    moved = parsed("--trainer.default_root_dir=/tmp/out", "--model.init_args.teacher=/tmp/out/teacher_cpu")
+    moved = parsed("--trainer.default_root_dir=/elsewhere/out", "--model.init_args.teacher=/elsewhere/out/teacher_cpu")
     assert config_hash(moved) == plain
     others = {
         option: config_hash(parsed(option))

@@ -151,7 +151,7 @@ class Classifier(LightningModule):
             self._data_statistics = data.mean, data.std
             if self.mean is None:
                 self.mean, self.std = data.mean, data.std
-        if self.weights is not None and self.trainer.ckpt_path is None:
+        if self.weights is not None:
             trained = load_trained(self.weights, self.network_name, self.weights_mean, self.weights_std)
             self._load_networks(trained)
 

@@ -76,11 +76,11 @@ class Forwards:
         return names.pop()
 
 
-def _wait(name: str, inputs: Tensor) -> Tensor:
-    """Stand in for a layer's forward."""
+def _wait(name: str, input: Tensor) -> Tensor:
+    """Stand in for a layer's forward, whose argument torch calls `input`."""
     walk = getcurrent().parent
     assert walk is not None
-    outputs: Tensor = walk.switch(Call(name, inputs))
+    outputs: Tensor = walk.switch(Call(name, input))
     return outputs
 
 

@@ -101,16 +101,16 @@ class Walk:
         recipes: Sequence[Recipe],
         on_layer: Callable[[str], None],
     ) -> None:
-        """Copy the model once a recipe and once to walk on; `on_layer` is called with the name of each solved layer."""
+        """Copy the model once a recipe; `on_layer` is called with the name of each solved layer."""
         self.calibration = calibration
         self.recipes = recipes
         self.on_layer = on_layer
         self.models = [copy.deepcopy(model).eval() for _ in recipes]
+        self._model = model
         self._layers = [layers_of(model) for model in self.models]
         self.weights: list[dict[str, QuantizedWeight]] = [{} for _ in recipes]
         self.reports: list[list[LayerReport]] = [[] for _ in recipes]
         self._repeated: set[str] = set()
-        self._model = model
 
     @torch.no_grad()
     def run(self) -> None:
