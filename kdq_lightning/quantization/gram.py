@@ -1,6 +1,6 @@
 """From streams of layer inputs to Gram matrices: all that a solver needs to know about the calibration images.
 
-Only the chosen patches are ever unfolded. Products of at most 512 rows are taken in the type of the activations and
+Only the chosen patches are ever unfolded. Products of at most 1,024 rows are taken in the type of the activations and
 added into float64 sums: as exact as float64 products up to a few rounding ties in a network, and several times cheaper.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
-CHUNK_ROWS = 512
+CHUNK_ROWS = 1024
 BLOCK_ROWS = 2048  # gathered at a time
 BLOCK_SAMPLES = 64  # at most, where a sample has few rows
 STRIP = 144  # narrower products waste more than the symmetry of A saves
@@ -58,6 +58,32 @@ class Gram:
         return replace(self, BW=self.BW[:, :, part], y_square=self.y_square[:, :, part], y_sum=self.y_sum[:, :, part])
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where in a sample a layer looks from each position of its grid.
+
+    Attributes:
+        sample: Pixels (or tokens) of one sample.
+        pixels: That of each kernel position, (positions, kernel positions) int64.
+        outside: Whether it lies in the zeros around the image instead, (positions, kernel positions) bool.
+    """
+
+    sample: int
+    pixels: Tensor
+    outside: Tensor
+
+    def of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where the rows of some positions lie, (samples, draws) int64 indices into the flattened grid.
+
+        Returns:
+            The pixel of each kernel position of each row, counted over all samples, and which of these lie outside.
+        """
+        before = torch.arange(len(positions), device=positions.device).unsqueeze(1) * self.sample
+        chosen = positions.flatten()
+        pixels = self.pixels.index_select(0, chosen).view(len(positions), -1) + before
+        return pixels.flatten(), self.outside.index_select(0, chosen).flatten().nonzero().flatten()
+
+
 class Patches:
     """How one layer cuts its inputs into the rows that its weights multiply, each group apart."""
 
@@ -86,38 +112,28 @@ class Patches:
         )
         return height, width
 
-    def pixels(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where the rows of some positions lie in inputs of this shape, for `rows`.
-
-        Args:
-            inputs: What the layer is given, (samples, ...); only its shape is read.
-            positions: (samples, draws) int64, indices into the flattened `grid`.
-
-        Returns:
-            The pixel (or token) of each kernel position of each row, counted over all samples, and which of these lie
-            in the zeros around the image.
-        """
-        samples = torch.arange(len(inputs), device=inputs.device).view(-1, 1, 1, 1)
+    def places(self, inputs: Tensor) -> "Places":
+        """Return where the layer looks in a sample of this shape."""
         if isinstance(self.layer, nn.Linear):
-            inside = samples.view(-1, 1) * math.prod(inputs.shape[1:-1]) + positions
-            return inside.flatten(), inside.new_empty(0)
+            tokens = torch.arange(math.prod(inputs.shape[1:-1]), device=inputs.device).unsqueeze(1)
+            return Places(len(tokens), tokens, torch.zeros_like(tokens, dtype=torch.bool))
         height, width = (*(1,) * (4 - inputs.dim()), *inputs.shape[2:])[-2:]
         top, bottom, left, right = self._padding()
         if self.layer.padding_mode != "zeros":  # then `rows` pads
             height, width, top, left = height + top + bottom, width + left + right, 0, 0
-        grid_width = self.grid(inputs)[1]
-        down, across = (
-            torch.arange(size, device=inputs.device) * step
-            for size, step in zip(self.kernel, self.dilation, strict=True)
+        axes = zip(self.grid(inputs), self.stride, (top, left), self.kernel, self.dilation, strict=True)
+        y, x = (
+            torch.arange(0, size * stride, stride)[:, None] - pad + torch.arange(0, kernel * step, step)
+            for size, stride, pad, kernel, step in axes
         )
-        y = (positions // grid_width * self.stride[0] - top)[:, :, None, None] + down[:, None]
-        x = (positions % grid_width * self.stride[1] - left)[:, :, None, None] + across
-        pixels = (samples * height + y) * width + x
-        outside = ((y < 0) | (y >= height) | (x < 0) | (x >= width)).flatten().nonzero().flatten()
-        return pixels.flatten().index_fill_(0, outside, 0), outside
+        y, x = y[:, None, :, None], x[None, :, None, :]
+        outside = (y < 0) | (y >= height) | (x < 0) | (x >= width)
+        pixels = (y * width + x).masked_fill(outside, 0)
+        size = math.prod(self.kernel)
+        return Places(height * width, *(part.reshape(-1, size).to(inputs.device) for part in (pixels, outside)))
 
     def rows(self, inputs: Tensor, pixels: Tensor, outside: Tensor) -> Tensor:
-        """Unfold the positions that `pixels` found, and no others.
+        """Unfold the positions that `Places.of` found, and no others.
 
         Columns are ordered (kernel position, channel): runs of channels copy whole.
 
@@ -167,9 +183,10 @@ def collect(
     gathered = weight[:, order.argsort()]
     grams = [_empty(weight, wanted) for wanted in cross]
     ones = weight.new_ones(len(weight), 1, CHUNK_ROWS)
+    places = patches.places(parts[0][0])
     for part, block, place in _blocks([len(part[0]) for part in parts], positions.shape[1], first_sample):
         inputs, *quantized = (stream[block] for stream in parts[part])
-        where = patches.pixels(inputs, positions[place])
+        where = places.of(positions[place])
         x = _chunks(patches.rows(inputs, *where))
         y = [chunk @ gathered for chunk in x]
         y_square = sum(chunk.square().sum(1, keepdim=True).double() for chunk in y)
