@@ -29,6 +29,7 @@ from kdq_lightning.evaluation import Evaluation, Split, evaluate, percent
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.quantization import Quantized
 from kdq_lightning.quantization.alphabet import QuantizedWeight
+from kdq_lightning.quantization.forwards import part_images
 from kdq_lightning.quantization.packing import save_packed
 from kdq_lightning.result_folder import ResultFolder
 from kdq_lightning.results import FLOAT_BITS, LayerRecord, Record
@@ -149,10 +150,16 @@ class QuantizedRun:
         return source.mean, source.std
 
     def calibration_share(self, count: int) -> Tensor:
-        """Return this rank's block of the calibration images, uint8, (about count / ranks, 3, h, w)."""
+        """Return this rank's block of the calibration images, uint8, (about count / ranks, 3, h, w).
+
+        Blocks end where a single process cuts the images for its forwards, so that all ranks together repeat its sums;
+        where there are more ranks than that, pieces are smaller.
+        """
         images, _ = self.data.calibration_images(count)
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        return images[count * rank // world_size : count * (rank + 1) // world_size]
+        piece = min(part_images(count), max(1, count // world_size))
+        pieces = -(-count // piece)
+        return images[pieces * rank // world_size * piece : pieces * (rank + 1) // world_size * piece]
 
     @cached_property
     def teacher(self) -> Found:

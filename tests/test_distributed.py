@@ -75,7 +75,7 @@ def test_same_quantized_table(workspace: Path):
     """Quantized on one rank and on two: every row and every vector is the same to the last image."""
     quick = ["--config", config("quickstart"), "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     quick += ["--model.networks=[resnet8,resnet8]", "--quantization.bits=[2,4]", "--data.val_size=99"]
-    quick += ["--quantization.calibration_images=128"]
+    quick += ["--quantization.calibration_images=99"]
     assert main(["fit", *quick, "--trainer.max_epochs=2"]) == 0
     assert main(["quantize", *quick, "--ckpt_path=runs/quickstart", *TWO]) == 0
     one, two = Path("runs/quickstart/version_0"), Path("runs/quickstart-quantized/version_0")

@@ -19,7 +19,13 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.gram import layers_of
 
 PART_IMAGES = 64  # few enough that the activations of a layer stay in a processor's cache
+PARTS = 4  # of fewer images, so that up to as many processes can share them and repeat the sums of one
 LARGE = 8e6  # bytes of a part's activations from which the heap's holes matter more than the time to close them
+
+
+def part_images(total: int) -> int:
+    """Return how many of all calibration images run at a time: a power of two, whatever the number of processes."""
+    return min(PART_IMAGES, 1 << max(0, (total // PARTS).bit_length() - 1))
 
 
 class Call(NamedTuple):

@@ -218,7 +218,7 @@ def collect(
 def _blocks(sizes: Sequence[int], draws: int, first_sample: int) -> Iterator[tuple[int, slice, slice]]:
     """Cut parts of these sizes into blocks of up to BLOCK_ROWS rows, at multiples of a power of two samples.
 
-    So shards cut at multiples of BLOCK_SAMPLES repeat the products of a single process.
+    So shards cut where parts are repeat the products of a single process.
 
     Yields:
         The part, the samples in it, and the same samples in all parts.

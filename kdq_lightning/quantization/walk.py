@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.alphabet import QuantizedWeight
 from kdq_lightning.quantization.draws import draw_positions, draw_uniform
-from kdq_lightning.quantization.forwards import PART_IMAGES, Forwards
+from kdq_lightning.quantization.forwards import Forwards, part_images
 from kdq_lightning.quantization.gram import Gram, Layer, Patches, collect, columns, layers_of
 from kdq_lightning.quantization.packing import packed_bytes
 from kdq_lightning.quantization.recipes import Recipe
@@ -81,7 +81,8 @@ class Calibration:
 
     def parts(self) -> list[Tensor]:
         """Return the images in parts small enough for a forward, cut at multiples of their size in the whole set."""
-        ends = range(PART_IMAGES - self.first % PART_IMAGES, len(self.images), PART_IMAGES)
+        size = part_images(self.total)
+        ends = range(size - self.first % size, len(self.images), size)
         return list(self.images.tensor_split(list(ends)))
 
 
