@@ -6,8 +6,9 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from kdq_lightning.bench import data
+from kdq_lightning.bench import data, step
 from kdq_lightning.bench.measure import Timing, hardware, interleaved
+from kdq_lightning.errors import UserError
 
 
 def test_functions_take_turns_after_a_warm_up():
@@ -48,3 +49,21 @@ def test_benchmark_counts_the_images_that_were_read(monkeypatch):
     figures = data.run(Namespace(batch_size=16, images=64, repeats=1))["pipelines"]
     assert figures["PIL: crop, flip"] == {"images_per_second": 8, "slowest": 4, "fastest": 16, "ratio": 1}
     assert figures["ours: crop, flip"]["ratio"] == 4
+
+
+def test_step_benchmark(capsys):
+    """Efficiency is the median over turns of limit / Trainer time; minutes follow from the Trainer's."""
+    parser = ArgumentParser()
+    step.add_arguments(parser)
+    small = ["--network=resnet8", "--teacher_network=resnet8", "--batch_size=8", "--steps=2", "--repeats=3"]
+    figures = step.run(parser.parse_args([*small, "--train_images=1600", "--epochs=6"]))
+    assert list(figures["seconds"]) == ["control", "vanilla", "mixup", "dkd", "dml"]
+    printed = capsys.readouterr().out
+    for name, seconds in figures["seconds"].items():
+        ratios = [limit / actual for limit, actual in zip(seconds["limit"], seconds["trainer"], strict=True)]
+        assert figures[f"{name}_efficiency"] == pytest.approx(sorted(ratios)[1], rel=1e-5)
+        assert f"{figures[f'{name}_efficiency']:.3f}" in printed
+        minutes = sorted(seconds["trainer"])[1] / 16 * 1600 * 6 / 60
+        assert figures[f"{name}_minutes"] == pytest.approx(minutes, rel=1e-5)
+    with pytest.raises(UserError, match=r"unknown strategies.*'nonsense'.*choose from control"):
+        step.run(parser.parse_args(['--strategies=["nonsense"]']))

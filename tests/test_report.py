@@ -259,6 +259,14 @@ def test_other_versions_and_other_headers(tmp_path: Path):
         read_rows([tmp_path])
 
 
+def test_weights_from_elsewhere(tmp_path: Path):
+    write_run(tmp_path / "a", "control", {4: 80})
+    assert read_rows([tmp_path])[1] == []
+    write_run(tmp_path / "b", "teacher", {4: 85}, network="resnet50", epochs=None)
+    (note,) = read_rows([tmp_path])[1]
+    assert "teacher (resnet50)" in note and "validation accuracy is too high" in note
+
+
 def test_other_test_images(tmp_path: Path):
     write_run(tmp_path / "a", "control", {4: 80})
     write_run(tmp_path / "b", "teacher", {4: 85}, images=1000)

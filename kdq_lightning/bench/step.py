@@ -1,4 +1,4 @@
-"""The Trainer's step, data and logging included, against a bare PyTorch loop on one fixed batch."""
+"""The Trainer's step of each strategy, data and logging included, against a bare PyTorch loop on one fixed batch."""
 
 import time
 from typing import Any
@@ -7,17 +7,29 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdq_lightning.bench.data import NoiseDataModule
 from kdq_lightning.bench.measure import hardware, print_table
-from kdq_lightning.losses import cross_entropy, kd_loss
+from kdq_lightning.errors import UserError
+from kdq_lightning.losses import cross_entropy, kd_loss, mutual_loss
 from kdq_lightning.modules.classifier import Classifier
+from kdq_lightning.modules.distillation import Distillation
+from kdq_lightning.modules.dkd import DecoupledKD
+from kdq_lightning.modules.dml import MutualLearning
+from kdq_lightning.modules.mixup import MixupKD
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.networks import build_network
 from kdq_lightning.trainer import Trainer, choose_precision
 
+STRATEGIES: dict[str, type[Classifier]] = {
+    "control": Classifier,
+    "vanilla": VanillaKD,
+    "mixup": MixupKD,
+    "dkd": DecoupledKD,
+    "dml": MutualLearning,
+}
 WARMUP = 2  # steps that are not counted: memory is allocated, kernels are chosen
 
 
@@ -34,14 +46,6 @@ class _Clock(Callback):
     def on_train_epoch_end(self, trainer: LightningTrainer, module: LightningModule) -> None:
         _wait(module.device)
         self.seconds = time.perf_counter() - self.started
-
-
-class _Student(VanillaKD):
-    """Distils from a network that was never saved."""
-
-    def __init__(self, teacher: Teacher | None, **kwargs: Any) -> None:
-        super().__init__(teacher="in memory", **kwargs)
-        self.teacher = teacher
 
 
 def _wait(device: torch.device) -> None:
@@ -61,10 +65,10 @@ def _trainer_seconds(module: Classifier, data: NoiseDataModule, steps: int) -> f
     return clock.seconds
 
 
-def _bare_seconds(network: torch.nn.Module, teacher: Teacher | None, batch: tuple[Tensor, Tensor], steps: int) -> float:
-    """Return the seconds of `steps` bare steps: (teacher's forward,) forward, loss, backward, optimizer."""
+def _bare_seconds(networks: nn.ModuleList, teacher: Teacher | None, batch: tuple[Tensor, Tensor], steps: int) -> float:
+    """Return the seconds of `steps` bare steps: (teacher's forward,) forwards, losses, backward, optimizer."""
     images, labels = batch
-    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(networks.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     half = torch.autocast(images.device.type, torch.bfloat16, enabled=choose_precision() == "bf16-mixed")
     started = 0.0
     for step in range(WARMUP + steps):
@@ -72,12 +76,15 @@ def _bare_seconds(network: torch.nn.Module, teacher: Teacher | None, batch: tupl
             _wait(images.device)
             started = time.perf_counter()
         with half:
-            logits = network(images)
-            loss = cross_entropy(logits, labels)
+            logits = [network(images) for network in networks]
+            if len(logits) > 1:
+                loss = torch.stack(mutual_loss(logits, labels)).sum()
+            else:
+                loss = cross_entropy(logits[0], labels)
             if teacher is not None:
                 with torch.no_grad():
                     answers = teacher.network(images)
-                loss = 0.1 * loss + 0.9 * kd_loss(logits, answers, 4.0)
+                loss = 0.1 * loss + 0.9 * kd_loss(logits[0], answers, 4.0)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
@@ -85,50 +92,73 @@ def _bare_seconds(network: torch.nn.Module, teacher: Teacher | None, batch: tupl
     return time.perf_counter() - started
 
 
+def _module(strategy: str, network: str, teacher: Teacher) -> Classifier:
+    """Return a strategy's module; a teacher stays in memory, where `setup` would read it from a file."""
+    known: dict[str, Any] = {"num_classes": 10, "learning_rate": 0.1}
+    if strategy == "dml":
+        return MutualLearning([network, network], **known)
+    kind = STRATEGIES[strategy]
+    if not issubclass(kind, Distillation):
+        return kind(network, **known)
+    module = kind(teacher="in memory", network=network, **known)
+    module.teacher = teacher
+    return module
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the benchmark's options."""
     parser.add_argument("--network", type=str, default="resnet20", help="Network that is trained.")
     parser.add_argument("--teacher_network", type=str, default="resnet56", help="Teacher of the distillation.")
-    parser.add_argument("--batch_size", type=int, default=256, help="Images a step.")
+    parser.add_argument("--strategies", type=list[str], default=list(STRATEGIES), help="Some of the default.")
+    parser.add_argument("--batch_size", type=int, default=128, help="Images a step.")
     parser.add_argument("--steps", type=int, default=10, help="Steps of one measurement.")
     parser.add_argument("--repeats", type=int, default=5, help="Measurements of each, in turns.")
+    parser.add_argument("--train_images", type=int, default=45000, help="Images an epoch, for the projected minutes.")
+    parser.add_argument("--epochs", type=int, default=15, help="Epochs, for the projected minutes.")
 
 
 def run(args: Namespace) -> dict[str, Any]:
-    """Print images/s of Trainer and bare loop, and return the figures."""
+    """Print images/s of Trainer and bare loop, and return the figures.
+
+    Raises:
+        UserError: If a strategy is unknown.
+    """
+    if unknown := set(args.strategies) - set(STRATEGIES):
+        raise UserError(f"unknown strategies {sorted(unknown)}: choose from {', '.join(STRATEGIES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = torch.channels_last
-    teacher = Teacher(build_network(args.teacher_network, 10).to(device), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     data = NoiseDataModule(
         torch.randint(256, (args.batch_size * (WARMUP + args.steps), 3, 32, 32)).byte(), args.batch_size
     )
-    teacher.mean, teacher.std = data.mean, data.std
+    teacher = Teacher(build_network(args.teacher_network, 10).to(device), data.mean, data.std)
     batch = (
         torch.randn(args.batch_size, 3, 32, 32, device=device).contiguous(memory_format=layout),
         torch.randint(10, (args.batch_size,), device=device),
     )
     figures: dict[str, Any] = {"hardware": hardware(), "precision": choose_precision(), "batch_size": args.batch_size}
-    figures["seconds"] = {name: {"limit": [], "trainer": []} for name in ("control", "vanilla")}
+    figures["seconds"] = {name: {"limit": [], "trainer": []} for name in args.strategies}
     for _ in range(args.repeats):
         for name, seconds in figures["seconds"].items():
-            frozen = teacher if name == "vanilla" else None
-            bare = build_network(args.network, 10).to(device).to(memory_format=layout)
-            seconds["limit"].append(_bare_seconds(bare, frozen, batch, args.steps))
-            known = {"network": args.network, "num_classes": 10, "learning_rate": 0.1}
-            module = _Student(frozen, **known) if frozen else Classifier(**known)
+            module = _module(name, args.network, teacher)
+            bare = nn.ModuleList(build_network(args.network, 10) for _ in module.networks())
+            bare = bare.to(device).to(memory_format=layout)
+            taught = teacher if isinstance(module, Distillation) else None
+            seconds["limit"].append(_bare_seconds(bare, taught, batch, args.steps))
             seconds["trainer"].append(_trainer_seconds(module, data, args.steps))
     print_table(
         f"Training step, {args.network}, batch {args.batch_size}, {figures['precision']}, channels_last",
-        ["", "limit, images/s", "Trainer, images/s", "range", "efficiency"],
-        [_row(name, seconds, args.batch_size * args.steps, figures) for name, seconds in figures["seconds"].items()],
+        ["", "limit, images/s", "Trainer, images/s", "range", "efficiency", f"{args.epochs} epochs, minutes"],
+        [_row(name, seconds, args, figures) for name, seconds in figures["seconds"].items()],
     )
     return figures
 
 
-def _row(name: str, seconds: dict[str, list[float]], images: int, figures: dict[str, Any]) -> list[str]:
+def _row(name: str, seconds: dict[str, list[float]], args: Namespace, figures: dict[str, Any]) -> list[str]:
     """Return a table row, and note the efficiency: the median over the turns of limit / Trainer time."""
+    images = args.batch_size * args.steps
     limit, actual = torch.tensor(seconds["limit"]), torch.tensor(seconds["trainer"])
     figures[f"{name}_efficiency"] = efficiency = float((limit / actual).median())
+    figures[f"{name}_minutes"] = minutes = args.epochs * args.train_images * float(actual.median()) / images / 60
     fastest, slowest = images / float(actual.min()), images / float(actual.max())
     rates = [f"{images / float(values.median()):.0f}" for values in (limit, actual)]
-    return [name, *rates, f"{slowest:.0f}-{fastest:.0f}", f"{efficiency:.3f}"]
+    return [name, *rates, f"{slowest:.0f}-{fastest:.0f}", f"{efficiency:.3f}", f"{minutes:.0f}"]
