@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
 from kdq_lightning.checkpoints import FINISHED
-from kdq_lightning.files import write_atomically
+from kdq_lightning.files import remove_leftovers, write_atomically
 from kdq_lightning.results import RECORDS
 
 KEPT = ("checkpoints", RECORDS)  # a folder that holds one of them stays when its run fails
@@ -39,7 +39,12 @@ class SaveConfig(SaveConfigCallback):
 
 
 class RunFolder(Callback):
-    """Marks a run as finished, and takes away the folder of one that failed before it had anything to keep."""
+    """Marks a run as finished, tidies up after a killed one, and takes away the folder of one with nothing to keep."""
+
+    def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove half-written files of a killed run that goes on here."""
+        if trainer.is_global_zero and trainer.logger and trainer.logger.log_dir:
+            remove_leftovers(Path(trainer.logger.log_dir))
 
     def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Say that the weights are final: only such a version stands for its run."""

@@ -1,10 +1,13 @@
 """Writing a file so that it is either there, whole, or not there at all."""
 
 import os
+import re
 import secrets
 from pathlib import Path
 
 from kdq_lightning.errors import UserError
+
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -32,3 +35,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{path} could not be written ({reason}): free some space or choose another folder") from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `write_atomically` left in a folder and below when its process was killed; nobody else may write."""
+    for path in folder.rglob(".*"):
+        if LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)

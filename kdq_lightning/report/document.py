@@ -65,9 +65,9 @@ METHOD = (
     "At equal bytes: each file against the opponent's best file of no more bytes, chosen on validation. Sizes are those"
     " of files on disk; the float network's is its float32 `.safetensors` file.",
     "Differences: paired bootstrap over the test images and the seeds of each side, 95 % intervals in brackets,"
-    " p-values adjusted (Holm) over the tests that a sentence or table makes together; intervals and McNemar's mid-p, that"
-    " of one seed, are not. With one seed a side an interval knows the chance of the images alone; with two or three it"
-    " is somewhat too narrow.",
+    " p-values adjusted (Holm) over the tests that a sentence or table makes together; intervals and McNemar's mid-p,"
+    " that of one seed, are not. With one seed a side an interval knows the chance of the images alone; with two or"
+    " three it is somewhat too narrow.",
     "Mutual learning: tables show the mean over peers, paired tests use the first peer.",
     "Weights of few bits save storage and traffic; arithmetic stays float unless a kernel for them exists.",
 )
