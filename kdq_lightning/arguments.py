@@ -1,8 +1,13 @@
 """Parsers that say in one line what is wrong with an option, where jsonargparse prints every option there is."""
 
-from typing import NoReturn
+import inspect
+from collections.abc import Collection
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+
+from kdq_lightning.errors import UserError
 
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
 
@@ -19,3 +24,30 @@ class OneLineErrors(ArgumentParser):
     def hint(self, sentence: str) -> str:
         """Return what is known beyond jsonargparse's sentence."""
         return ""
+
+
+def check_given(owner: type, settings: object, name: str, later: Collection[str] = ()) -> None:
+    """Refuse options without a value, such as `max_epochs:` in a file, which jsonargparse lets through.
+
+    Args:
+        owner: The class whose options they are.
+        settings: What was parsed for it.
+        name: Of the group of options.
+        later: Options that get their value later.
+
+    Raises:
+        UserError: If an option that needs a value has none, or there are no options at all.
+    """
+    if not isinstance(settings, Namespace):
+        raise UserError(f"{name} must be a group of options such as `{name}: {{option: value}}`, got {settings!r}")
+    for key, value in vars(settings).items():
+        if value is None and key not in later and not _takes_none(owner, key):
+            raise UserError(f"{name}.{key} has no value: give one, or leave the line away")
+
+
+def _takes_none(owner: type, key: str) -> bool:
+    for base in owner.__mro__:
+        if key in inspect.signature(base.__init__).parameters:  # type: ignore[misc]
+            hint = get_type_hints(base.__init__).get(key, Any)  # type: ignore[misc]
+            return hint is Any or NoneType in (hint, *get_args(hint))
+    return True

@@ -3,7 +3,9 @@
 import csv
 import io
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
 from kdq_lightning.checkpoints import FINISHED
+from kdq_lightning.errors import UserError
 from kdq_lightning.files import remove_leftovers, write_atomically
 from kdq_lightning.results import RECORDS
 
 KEPT = ("checkpoints", RECORDS)  # a folder that holds one of them stays when its run fails
+DEATH_SECONDS = 2  # from a lost connection to the exit code of who was at its other end
 
 
 def checkpoint_callbacks() -> list[ModelCheckpoint]:
@@ -58,6 +62,26 @@ class RunFolder(Callback):
             folder = Path(trainer.logger.log_dir or "")
             if folder.name.startswith("version_") and not any((folder / kept).exists() for kept in KEPT):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+class NameDeadRank(Callback):
+    """Says which rank has died, where torch only knows that a connection was closed."""
+
+    def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Look at the processes that this one has started.
+
+        Raises:
+            UserError: If one of them has failed while this one was waiting for it.
+        """
+        if not isinstance(exception, RuntimeError) or isinstance(exception, UserError):
+            return
+        for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", ()), start=1):
+            with suppress(subprocess.TimeoutExpired):
+                if code := process.wait(timeout=DEATH_SECONDS):
+                    raise UserError(
+                        f"rank {rank} died (exit code {code}), so the run has ended: see above what it said, and go on"
+                        " with --ckpt_path=last"
+                    ) from exception
 
 
 class WritePredictions(BasePredictionWriter):

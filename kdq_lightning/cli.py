@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import logging
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,8 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from kdq_lightning.arguments import OneLineErrors
-from kdq_lightning.callbacks import RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
+from kdq_lightning.arguments import OneLineErrors, check_given
+from kdq_lightning.callbacks import NameDeadRank, RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.checkpoints import FINISHED, find_checkpoint, read_checkpoint, versions
 from kdq_lightning.dashboard import Dashboard
 from kdq_lightning.data.base import ImageDataModule
@@ -74,6 +75,12 @@ class CommandLine(LightningCLI):
         """Parse, then take `--ckpt_path` over from Lightning, which knows neither run folders nor state dicts."""
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
+        check_given(Trainer, config.trainer, "trainer")
+        check_given(PostTrainingQuantization, config.quantization, "quantization")
+        for name in ("model", "data"):
+            module, _, kind = config[name].class_path.rpartition(".")
+            owner = getattr(importlib.import_module(module), kind)
+            check_given(owner, config[name].init_args, name, later=["num_classes"])
         self.root = Path(config.trainer.default_root_dir).absolute()  # a checkpoint remembers its folder
         self.run_name = config.name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
         self.resumed: Path | None = None
@@ -109,7 +116,7 @@ class CommandLine(LightningCLI):
         """Give the trainer its run folder, checkpoints and bars."""
         config = self._get(self.config_init, "trainer")
         given = config.get("callbacks") or []
-        callbacks = list(given) if isinstance(given, list) else [given]
+        callbacks = [*(given if isinstance(given, list) else [given]), NameDeadRank()]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(refresh_rate=20))
         self.quantization: PostTrainingQuantization = self._get(self.config_init, "quantization")
@@ -271,7 +278,8 @@ def main(args: ArgsType = None) -> int:
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
-            raise
+            traceback.print_exc()
+            sentence = f"an error that nobody foresaw ({type(error).__name__}): please report it with the lines above"
         print(f"kdq: {sentence}", file=sys.stderr)
         return 1
     return 0
@@ -294,6 +302,7 @@ def _quiet() -> None:
     """Silence what Lightning says of itself."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # which rank has died
     for message in (
         ".*does not have many workers.*",  # the loader gathers whole batches from memory: workers would slow it down
         ".*sync_dist=True.*",  # what is logged is already summed over ranks

@@ -5,6 +5,7 @@ Everything is imported once, so that a start costs a fraction of a second.
 
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -51,6 +52,20 @@ def die_in_quantization(after: float) -> None:
     PostTrainingQuantization.quantize = quantize  # type: ignore[method-assign]
 
 
+def fill_disk(after: int) -> None:
+    """Let no file grow beyond 100 kB, after some checkpoints that do."""
+    real, left = Path.replace, after
+
+    def replace(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= target.suffix == ".ckpt"
+        if not left:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        return real(self, target)
+
+    Path.replace = replace  # type: ignore[method-assign]
+
+
 def note_steps() -> None:
     """Append the number of each training step that begins to `steps.log`."""
     real = Classifier.training_step
@@ -70,6 +85,8 @@ def run(arguments: list[str], fault: str, after: float) -> None:
         die_in_checkpoint_write(int(after))
     elif fault == "inside quantization":
         die_in_quantization(after)
+    elif fault == "disk is full":
+        fill_disk(int(after))
     elif fault == "at a random moment":
         threading.Timer(after, die).start()
     with Path("output.log").open("w") as sys.stdout:

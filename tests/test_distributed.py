@@ -1,10 +1,16 @@
 """Two gloo processes and one: the same batches, views, gradients and metrics."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from kdq_lightning.cli import main
@@ -44,15 +50,19 @@ def train(devices: int) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in module.network.state_dict().items()}
 
 
-def test_same_views_and_gradients(workspace: Path):
-    one, two = train(1), train(2)
+RANKS = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+
+
+@RANKS
+def test_same_views_and_gradients(ranks: int, workspace: Path):
+    one, several = train(1), train(ranks)
     for step in range(6):
         images, labels = torch.load(f"seen-1-{step}-0.pt")
-        halves = [torch.load(f"seen-2-{step}-{rank}.pt") for rank in (0, 1)]
-        assert torch.equal(images, torch.cat([half[0] for half in halves]))
-        assert torch.equal(labels, torch.cat([half[1] for half in halves]))
+        shares = [torch.load(f"seen-{ranks}-{step}-{rank}.pt") for rank in range(ranks)]
+        assert torch.equal(images, torch.cat([share[0] for share in shares]))
+        assert torch.equal(labels, torch.cat([share[1] for share in shares]))
     for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(several[key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_same_metrics_of_one_checkpoint(workspace: Path, capfd: pytest.CaptureFixture[str]):
@@ -71,13 +81,14 @@ def test_same_metrics_of_one_checkpoint(workspace: Path, capfd: pytest.CaptureFi
         assert two[name] == (value if "top" in name else pytest.approx(value, rel=1e-4)), name
 
 
-def test_same_quantized_table(workspace: Path):
-    """Quantized on one rank and on two: every row and every vector is the same to the last image."""
+@RANKS
+def test_same_quantized_table(ranks: int, workspace: Path):
+    """Quantized on one rank and on several: every row and every vector is the same to the last image."""
     quick = ["--config", config("quickstart"), "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     quick += ["--model.networks=[resnet8,resnet8]", "--quantization.bits=[2,4]", "--data.val_size=99"]
     quick += ["--quantization.calibration_images=99"]
     assert main(["fit", *quick, "--trainer.max_epochs=2"]) == 0
-    assert main(["quantize", *quick, "--ckpt_path=runs/quickstart", *TWO]) == 0
+    assert main(["quantize", *quick, "--ckpt_path=runs/quickstart", *TWO, f"--trainer.devices={ranks}"]) == 0
     one, two = Path("runs/quickstart/version_0"), Path("runs/quickstart-quantized/version_0")
     inexact = {"nll", "ece", "relative_error"}  # sums of float32 outputs, whose last digits depend on the batch
     records = [[vars(record) for record in read_records(version)] for version in (one, two)]
@@ -106,3 +117,32 @@ def test_every_strategy_trains_on_two_ranks(strategy: str, images: Path, teacher
     assert main([*arguments, "--trainer.max_epochs=2", "--trainer.limit_train_batches=3"]) == 0
     checkpoint = torch.load(f"runs/{strategy}_cpu/version_0/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6
+
+
+class Dies(Callback):
+    """Takes a rank away in the middle of an epoch."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_rank == self.rank and trainer.global_step == 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_named(workspace: Path):
+    """The run ends within a minute, and goes on from its checkpoint."""
+    command = [sys.executable, "-m", "kdq_lightning.cli", "fit", "--config", config("quickstart")]
+    command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=3"]
+    command += ["--quantization.bits=[4]", "--trainer.enable_progress_bar=false"]
+    dying = ["--trainer.callbacks+=tests.test_distributed.Dies", "--trainer.callbacks.rank=1"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    start = time.monotonic()
+    dead = subprocess.run([*command, *dying], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert dead.returncode
+    assert "rank 1 died (exit code -9)" in dead.stderr or "[rank: 1] Child process" in dead.stderr, dead.stderr
+    assert time.monotonic() - start < 60
+    again = subprocess.run([*command, "--ckpt_path=last"], env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert [path.name for path in Path("runs/quickstart").iterdir()] == ["version_0"]

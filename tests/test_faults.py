@@ -1,4 +1,4 @@
-"""Kills at random moments, inside checkpoint writes and inside quantization: nothing is lost, little is repeated."""
+"""Kills at random moments, full disks, two runs at once, hundreds of runs in one process: nothing is lost or left."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdq_lightning.cli import main
 from kdq_lightning.results import read_records
 from tests.conftest import config
 
@@ -88,3 +90,45 @@ def test_kills(workspace: Path, capsys: pytest.CaptureFixture[str]):
         print(f"at most {max(repeated)} after a kill, where an epoch, the checkpoint interval, has {STEPS_AN_EPOCH}")
     assert not lost, "\n".join(lost)
     assert max(repeated) <= STEPS_AN_EPOCH
+
+
+@pytest.mark.slow
+def test_full_disk(workspace: Path):
+    """A checkpoint that doesn't fit ends the run with a sentence; the one before stays, and the run goes on from it."""
+    server = Server()
+    assert server.run(FIT) == 0, Path("output.log").read_text()
+    unbroken = state(newest_version())
+    shutil.rmtree("runs")
+    assert server.run(FIT, "disk is full", 3) == 1
+    said = Path("output.log").read_text()
+    assert "best.ckpt could not be written" in said or "last.ckpt could not be written" in said
+    assert "Traceback" not in said and not [*Path("runs").rglob(".*")]
+    assert server.run([*FIT, "--ckpt_path=last"]) == 0
+    assert state(newest_version()) == unbroken
+
+
+@pytest.mark.slow
+def test_two_runs_of_one_name_at_once(workspace: Path):
+    """Each has a folder of its own."""
+    command = [sys.executable, "-m", "kdq_lightning.cli", *FIT]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert {path.name for path in Path("runs/quickstart").iterdir()} == {"version_0", "version_1"}
+    assert state(Path("runs/quickstart/version_0")) == state(Path("runs/quickstart/version_1"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_hundred_fits_in_one_process(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Memory stays flat, no file stays open."""
+    short = [*FIT, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--quantization.bits=[2]"]
+    figures = []
+    for run in range(200):
+        assert main([*short, f"--name=run{run}"]) == 0
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        figures.append((memory, len(os.listdir("/proc/self/fd")), threading.active_count()))
+        shutil.rmtree("runs")
+    with capsys.disabled():
+        print("\nMB, open files and threads after 20, 110 and 200 fits:", figures[19], figures[109], figures[199])
+    assert figures[199][1:] == figures[19][1:]
+    assert figures[199][0] < figures[19][0] + 30

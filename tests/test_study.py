@@ -262,6 +262,7 @@ def test_other_settings_start_again(workspace: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_killed_quickstart_study(workspace: Path):
     """Killed at any moment, the quickstart's study goes on to the report of an unbroken one, in under 6 minutes."""
     command = [sys.executable, "-m", "kdq_lightning.cli", "study", str(CONFIGS / "study_quickstart.yaml")]
