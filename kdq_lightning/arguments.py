@@ -1,4 +1,4 @@
-"""Parsers that say in one line what is wrong with an option, where jsonargparse prints every option there is."""
+"""Options and what is wrong with them, in one line, where jsonargparse prints every option there is."""
 
 import inspect
 from collections.abc import Collection

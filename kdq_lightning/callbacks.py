@@ -3,9 +3,8 @@
 import csv
 import io
 import shutil
-import subprocess
+import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kdq_lightning.checkpoints import FINISHED
-from kdq_lightning.errors import UserError
 from kdq_lightning.files import remove_leftovers, write_atomically
 from kdq_lightning.results import RECORDS
 
@@ -57,7 +57,9 @@ class RunFolder(Callback):
             Path(folder, FINISHED).touch()
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing half-written."""
+        """Leave nothing half-written; told to terminate within an epoch, keep what the epoch has reached."""
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING and trainer.training:
+            trainer.save_checkpoint(Path(trainer.log_dir or "", "checkpoints", "last.ckpt"))  # all ranks stop together
         if trainer.is_global_zero and trainer.logger and trainer.global_step == 0:
             folder = Path(trainer.logger.log_dir or "")
             if folder.name.startswith("version_") and not any((folder / kept).exists() for kept in KEPT):
@@ -65,23 +67,19 @@ class RunFolder(Callback):
 
 
 class NameDeadRank(Callback):
-    """Says which rank has died, where torch only knows that a connection was closed."""
+    """Says which rank was killed, where torch only knows that a connection was closed."""
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Look at the processes that this one has started.
-
-        Raises:
-            UserError: If one of them has failed while this one was waiting for it.
-        """
-        if not isinstance(exception, RuntimeError) or isinstance(exception, UserError):
+        """Add a note to the error if one of the processes that this one has started is gone."""
+        if not isinstance(exception, RuntimeError):
             return
-        for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", ()), start=1):
-            with suppress(subprocess.TimeoutExpired):
-                if code := process.wait(timeout=DEATH_SECONDS):
-                    raise UserError(
-                        f"rank {rank} died (exit code {code}), so the run has ended: see above what it said, and go on"
-                        " with --ckpt_path=last"
-                    ) from exception
+        processes = getattr(trainer.strategy.launcher, "procs", [])
+        deadline = time.monotonic() + DEATH_SECONDS
+        while not any(process.poll() for process in processes) and processes and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for rank, process in enumerate(processes, start=trainer.global_rank + 1):
+            if (process.returncode or 0) < 0:
+                exception.add_note(f"rank {rank} was killed by signal {-process.returncode}, so the run has ended")
 
 
 class WritePredictions(BasePredictionWriter):

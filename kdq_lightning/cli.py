@@ -3,16 +3,19 @@
 import hashlib
 import importlib
 import logging
+import signal
 import sys
 import traceback
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kdq_lightning.arguments import OneLineErrors, check_given
 from kdq_lightning.callbacks import NameDeadRank, RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
@@ -79,8 +82,9 @@ class CommandLine(LightningCLI):
         check_given(PostTrainingQuantization, config.quantization, "quantization")
         for name in ("model", "data"):
             module, _, kind = config[name].class_path.rpartition(".")
-            owner = getattr(importlib.import_module(module), kind)
-            check_given(owner, config[name].init_args, name, later=["num_classes"])
+            if "init_args" in config[name]:
+                owner = getattr(importlib.import_module(module), kind)
+                check_given(owner, config[name].init_args, name, later=["num_classes"])
         self.root = Path(config.trainer.default_root_dir).absolute()  # a checkpoint remembers its folder
         self.run_name = config.name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
         self.resumed: Path | None = None
@@ -275,6 +279,8 @@ def main(args: ArgsType = None) -> int:
             command = importlib.import_module(MODEL_FREE[arguments[0]])
             return int(command.main(arguments[1:]))
         build_command_line(CommandLine, args)
+    except SIGTERMException as stop:  # Lightning's own leave with 0
+        raise SystemExit(128 + signal.SIGTERM) from stop
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
@@ -288,8 +294,12 @@ def main(args: ArgsType = None) -> int:
 def _sentence(error: BaseException | None) -> str | None:
     """Return what to tell the user; jsonargparse wraps errors of constructors, so the causes are looked through."""
     while error is not None:
-        if isinstance(error, UserError):
+        if notes := getattr(error, "__notes__", None):
+            return f"{'; '.join(notes)} ({error})"
+        if isinstance(error, UserError | MisconfigurationException):
             return str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return f"the memory is full ({error}): give smaller batches (--data.batch_size) or a smaller network"
         if isinstance(error, OSError) and error.strerror:
             return (
                 f"{error.strerror}: {error.filename or 'a file'}; nothing of this step was kept, mend it and try again"

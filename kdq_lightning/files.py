@@ -3,11 +3,13 @@
 import os
 import re
 import secrets
+import time
 from pathlib import Path
 
 from kdq_lightning.errors import UserError
 
-LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}")
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}")  # the name of an unfinished file
+FRESH_SECONDS = 60  # another process may still be writing it
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -38,7 +40,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `write_atomically` left in a folder and below when its process was killed; nobody else may write."""
+    """Remove what `write_atomically` left in a folder and below when its process was killed, but nothing fresh."""
     for path in folder.rglob(".*"):
-        if LEFTOVER.fullmatch(path.name):
+        if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > FRESH_SECONDS:
             path.unlink(missing_ok=True)

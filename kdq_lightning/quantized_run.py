@@ -1,7 +1,6 @@
 """What the records of one run have in common: its weights, its images, its folder."""
 
 import copy
-import signal
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
@@ -120,13 +119,13 @@ class QuantizedRun:
         return {} if self.checkpoint is None else load_trained(self.checkpoint)
 
     def stop_if_terminated(self) -> None:
-        """Leave, with code 143, if the process was told to: Lightning only notes SIGTERM, and acts while training.
+        """Leave if the process was told to: Lightning only notes SIGTERM, and acts while training.
 
         Raises:
             SIGTERMException: What Lightning raises then.
         """
         if self.trainer.received_sigterm:
-            raise SIGTERMException(128 + signal.SIGTERM)
+            raise SIGTERMException
 
     def network(self, name: str) -> nn.Module:
         """Return a copy of a network with its best weights, in float32 and eval mode, on the device."""
@@ -150,14 +149,14 @@ class QuantizedRun:
         return source.mean, source.std
 
     def calibration_share(self, count: int) -> Tensor:
-        """Return this rank's block of the calibration images, uint8, (about count / ranks, 3, h, w).
+        """Return this rank's block of the calibration images, uint8, (images, 3, h, w).
 
-        Blocks end where a single process cuts the images for its forwards, so that all ranks together repeat its sums;
-        where there are more ranks than that, pieces are smaller.
+        Blocks end where a single process cuts the images for its forwards, so that all ranks together repeat its
+        products, and hold as many of these pieces or one more; where there are more ranks, pieces are smaller.
         """
         images, _ = self.data.calibration_images(count)
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        piece = min(part_images(count), max(1, count // world_size))
+        piece = min(part_images(count), 1 << max(0, (count // world_size).bit_length() - 1))
         pieces = -(-count // piece)
         return images[pieces * rank // world_size * piece : pieces * (rank + 1) // world_size * piece]
 

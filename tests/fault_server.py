@@ -15,6 +15,7 @@ import sklearn.datasets  # noqa: F401
 import torch
 import torch.utils.tensorboard
 
+from kdq_lightning import files
 from kdq_lightning.cli import main
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.post_training import PostTrainingQuantization
@@ -66,13 +67,15 @@ def fill_disk(after: int) -> None:
     Path.replace = replace  # type: ignore[method-assign]
 
 
-def note_steps() -> None:
-    """Append the number of each training step that begins to `steps.log`."""
+def note_steps(terminate_at: float = -1) -> None:
+    """Append the number of each training step that begins to `steps.log`; in one of them be told to terminate."""
     real = Classifier.training_step
     log = os.open("steps.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def step(self: Classifier, *args: object) -> torch.Tensor:
         os.write(log, f"{self.global_step}\n".encode())
+        if self.global_step == terminate_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *args)
 
     Classifier.training_step = step  # type: ignore[method-assign]
@@ -80,7 +83,7 @@ def note_steps() -> None:
 
 def run(arguments: list[str], fault: str, after: float) -> None:
     """Run one command to its end, or to its fault."""
-    note_steps()
+    note_steps(after if fault == "terminated" else -1)
     if fault == "inside a checkpoint write":
         die_in_checkpoint_write(int(after))
     elif fault == "inside quantization":
@@ -91,12 +94,16 @@ def run(arguments: list[str], fault: str, after: float) -> None:
         threading.Timer(after, die).start()
     with Path("output.log").open("w") as sys.stdout:
         sys.stderr = sys.stdout
-        code = main(arguments)
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
     os._exit(code)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    files.FRESH_SECONDS = 0
     for line in sys.stdin:
         if not (child := os.fork()):
             run(**json.loads(line))

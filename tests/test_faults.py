@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,26 +30,33 @@ FIT = [
 ]
 
 
-class Server:
-    """Runs `kdq` commands, each in a process of its own that may die."""
+Server = Callable[..., int]
 
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fault_server"],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
 
-    def run(self, arguments: list[str], fault: str = "", after: float = 0) -> int:
-        """Run a command; return its exit code, or minus the signal that killed it."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps({"arguments": arguments, "fault": fault, "after": after}), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
+@pytest.fixture
+def server(workspace: Path) -> Iterator[Server]:
+    """Return a function that runs a command in a process of its own, and returns its exit code, or minus its signal."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-m", "tests.fault_server"]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def run(arguments: list[str], fault: str = "", after: float = 0) -> int:
+            assert process.stdin and process.stdout
+            print(json.dumps({"arguments": arguments, "fault": fault, "after": after}), file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        yield run
 
 
 def newest_version() -> Path:
     """Return where the run ended: one killed before its first checkpoint starts again in a new version."""
-    return max(Path("runs/quickstart").iterdir(), key=lambda folder: int(folder.name.removeprefix("version_")))
+    return max(
+        Path("runs/quickstart").glob("version_*"),
+        key=lambda folder: int(folder.name.removeprefix("version_")),
+        default=Path("runs/quickstart/version_0"),
+    )
 
 
 def state(version: Path) -> dict[str, object]:
@@ -63,10 +71,10 @@ def state(version: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_kills(workspace: Path, capsys: pytest.CaptureFixture[str]):
+def test_kills(server: Server, capsys: pytest.CaptureFixture[str]):
     """After every kill the same command goes on, and ends with the unbroken run's files, to the bit."""
-    server, chance = Server(), random.Random(0)
-    assert server.run(FIT) == 0, Path("output.log").read_text()
+    chance = random.Random(0)
+    assert server(FIT) == 0, Path("output.log").read_text()
     unbroken = state(newest_version())
     left, lost, repeated, runs = Counter(KILLS), [], [], 0
     while left.total() and not lost:
@@ -76,10 +84,10 @@ def test_kills(workspace: Path, capsys: pytest.CaptureFixture[str]):
         while code == -signal.SIGKILL:
             fault = chance.choice([*left.elements()] or [""])
             after = {"at a random moment": 6 * chance.random() ** 2, "inside a checkpoint write": chance.randrange(4)}
-            begun = Path("runs").exists() and (newest_version() / "checkpoints/last.ckpt").exists()
-            code = server.run([*FIT, *["--ckpt_path=last"] * begun], fault, after.get(fault, chance.random()))
+            begun = (newest_version() / "checkpoints/last.ckpt").exists()
+            code = server([*FIT, *["--ckpt_path=last"] * begun], fault, after.get(fault, chance.random()))
             left[fault] -= code == -signal.SIGKILL
-        if code:
+        if code and "is finished: nothing is left" not in Path("output.log").read_text():
             lost.append(f"{fault}: exit code {code}: {Path('output.log').read_text()[-2000:]}")
         else:
             lost += [f"run {runs}: {key}" for key, value in state(newest_version()).items() if value != unbroken[key]]
@@ -93,17 +101,32 @@ def test_kills(workspace: Path, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.slow
-def test_full_disk(workspace: Path):
-    """A checkpoint that doesn't fit ends the run with a sentence; the one before stays, and the run goes on from it."""
-    server = Server()
-    assert server.run(FIT) == 0, Path("output.log").read_text()
+@pytest.mark.parametrize("step", [0, 33, 39, 40, 99])  # of 100, with 20 an epoch
+def test_terminated_while_training(step: int, server: Server):
+    """SIGTERM ends the run with 143 after the step; no step is repeated unless it cuts off the epoch's validation."""
+    assert server(FIT) == 0, Path("output.log").read_text()
     unbroken = state(newest_version())
     shutil.rmtree("runs")
-    assert server.run(FIT, "disk is full", 3) == 1
+    Path("steps.log").unlink()
+    assert server(FIT, "terminated", step) == 143, Path("output.log").read_text()
+    assert server([*FIT, "--ckpt_path=last"]) == 0, Path("output.log").read_text()
+    steps = [int(line) for line in Path("steps.log").read_text().split()]
+    goes_on = step + 1 if (step + 1) % STEPS_AN_EPOCH else step + 1 - STEPS_AN_EPOCH  # the validation was cut off
+    assert steps == [*range(step + 1), *range(goes_on, 100)]
+    assert state(newest_version()) == unbroken
+
+
+@pytest.mark.slow
+def test_full_disk(server: Server):
+    """A checkpoint that doesn't fit ends the run with a sentence; the one before stays, and the run goes on from it."""
+    assert server(FIT) == 0, Path("output.log").read_text()
+    unbroken = state(newest_version())
+    shutil.rmtree("runs")
+    assert server(FIT, "disk is full", 3) == 1
     said = Path("output.log").read_text()
     assert "best.ckpt could not be written" in said or "last.ckpt could not be written" in said
     assert "Traceback" not in said and not [*Path("runs").rglob(".*")]
-    assert server.run([*FIT, "--ckpt_path=last"]) == 0
+    assert server([*FIT, "--ckpt_path=last"]) == 0
     assert state(newest_version()) == unbroken
 
 

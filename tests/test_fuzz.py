@@ -60,13 +60,23 @@ def check(arguments: list[str]) -> str:
         except SystemExit as stop:
             code = int(stop.code or 0)
     said = output.getvalue()
-    versions = [path for root in (".", "..") for path in Path(root).glob("*/*/version_*")]
+    versions = list(Path("..").rglob("version_*"))
     if code == 0:
-        assert all((version / "finished").exists() for version in versions), said
+        assert versions and all((version / "finished").exists() for version in versions), said
     else:
         assert "Traceback" not in said and ("kdq: " in said or "error: " in said), said
         assert all((version / "checkpoints").exists() for version in versions), said
     return said
+
+
+@contextlib.contextmanager
+def inner_folder() -> Iterator[None]:
+    """Work in an empty folder in an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        inner = Path(folder, "inner")
+        inner.mkdir()
+        with contextlib.chdir(inner):
+            yield
 
 
 def fit_broken_file(changes: list[tuple[tuple[str, ...], Any]], dropped: list[tuple[str, ...]]) -> str:
@@ -80,14 +90,14 @@ def fit_broken_file(changes: list[tuple[tuple[str, ...], Any]], dropped: list[tu
             inner.pop(path[-1], None)
         elif isinstance(inner, dict):
             inner[path[-1]] = value
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with inner_folder():
         Path("broken.yaml").write_text(yaml.safe_dump(tree))
         return check(["fit", "--config", "broken.yaml"])
 
 
 def fit_broken_line(changes: list[tuple[tuple[str, ...], Any]]) -> str:
     """Fit with a good file and some bad options."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with inner_folder():
         Path("whole.yaml").write_text(yaml.safe_dump(BASE))
         return check(["fit", "--config", "whole.yaml", *[f"--{'.'.join(path)}={value}" for path, value in changes]])
 

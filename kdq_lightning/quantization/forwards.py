@@ -19,7 +19,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.gram import layers_of
 
 PART_IMAGES = 64  # few enough that the activations of a layer stay in a processor's cache
-PARTS = 4  # of fewer images, so that up to as many processes can share them and repeat the sums of one
+PARTS = 4  # of fewer images, so that up to as many processes can share them and repeat the products of one
 LARGE = 8e6  # bytes of a part's activations from which the heap's holes matter more than the time to close them
 
 

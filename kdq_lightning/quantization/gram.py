@@ -112,7 +112,7 @@ class Patches:
         )
         return height, width
 
-    def places(self, inputs: Tensor) -> "Places":
+    def places(self, inputs: Tensor) -> Places:
         """Return where the layer looks in a sample of this shape."""
         if isinstance(self.layer, nn.Linear):
             tokens = torch.arange(math.prod(inputs.shape[1:-1]), device=inputs.device).unsqueeze(1)

@@ -145,8 +145,8 @@ def read_rows(folders: Sequence[Path]) -> tuple[dict[str, list[Row]], list[str]]
         notes.append(f"The records were written by different releases: {', '.join(versions)}.")
     if foreign := {f"{m.record.strategy} ({m.record.network})" for m in found if m.record.epochs is None}:
         notes.append(
-            f"Trained elsewhere, on images that nothing here knows: {', '.join(sorted(foreign))}. If the validation"
-            " images were among them, its validation accuracy is too high: a choice between it and others leans to it."
+            f"Weights from a file that does not say how they were trained: {', '.join(sorted(foreign))}. If the"
+            " validation images were used for it, their validation accuracy is too high, and choices lean to them."
         )
     datasets: defaultdict[str, list[Row]] = defaultdict(list)
     for row in _gather(_without_repetitions(found, notes)):
