@@ -154,4 +154,4 @@ def test_two_hundred_fits_in_one_process(workspace: Path, capsys: pytest.Capture
     with capsys.disabled():
         print("\nMB, open files and threads after 20, 110 and 200 fits:", figures[19], figures[109], figures[199])
     assert figures[199][1:] == figures[19][1:]
-    assert figures[199][0] < figures[19][0] + 30
+    assert figures[199][0] < figures[19][0] + 100  # a run whose images and networks stay alive is 2 MB
