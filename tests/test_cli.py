@@ -139,6 +139,25 @@ def test_resume_goes_on_in_its_folder(stop: str, images: Path, workspace: Path, 
     assert "finished" in capsys.readouterr().err
 
 
+def test_resume_refuses_another_teacher(images: Path, teacher_run: Path, workspace: Path, capsys):
+    """A teacher that changes on disk would silently train something else; the same weights in another file do not."""
+    shutil.copytree(teacher_run, "runs/teacher_cpu")
+    best = next(Path("runs/teacher_cpu").glob("version_*/checkpoints/best.ckpt"))
+    teacher = torch.load(best, weights_only=True)
+    small = "--model.init_args.network=resnet8"
+    assert fit("vanilla_cpu", images, small, "--trainer.callbacks+=tests.test_cli.StopAfterFirstEpoch") == 1
+    teacher["state_dict"]["network.linear.bias"] += 1e-3
+    torch.save(teacher, best)
+    capsys.readouterr()
+    assert fit("vanilla_cpu", images, small, "--ckpt_path=last") == 1
+    assert "has other weights than the one that this run began with" in capsys.readouterr().err
+    teacher["state_dict"]["network.linear.bias"] = torch.load(
+        next(teacher_run.glob("version_*/checkpoints/best.ckpt")), weights_only=True
+    )["state_dict"]["network.linear.bias"]
+    torch.save(teacher, best)
+    assert fit("vanilla_cpu", images, small, "--ckpt_path=last") == 0
+
+
 def test_resume_refuses_another_run(images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Another seed, length or network would silently train something else; a broken checkpoint is named."""
     small = "--model.init_args.network=resnet8"

@@ -71,6 +71,25 @@ class Distillation(Classifier):
         if self.teacher is not None:
             self.teacher.network.to(self.device)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down which weights have taught."""
+        super().on_save_checkpoint(checkpoint)
+        if self.teacher is not None:
+            checkpoint["teacher"] = self.teacher.digest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another teacher.
+
+        Raises:
+            UserError: If its file has changed.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if self.teacher is not None and checkpoint.get("teacher", self.teacher.digest) != self.teacher.digest:
+            raise UserError(
+                f"the teacher in {self.teacher_source[0]} has other weights than the one that this run began with: put"
+                " that one back, or start again without --ckpt_path"
+            )
+
     def teacher_logits(self, images: Tensor) -> Tensor:
         """Return the teacher's logits (batch, classes) for the very images (batch, 3, h, w) that the student gets."""
         assert self.teacher is not None and self.mean is not None and self.std is not None, "set by setup('fit')"
