@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kdq_lightning.cli import main
@@ -120,6 +120,7 @@ many = settings(max_examples=200, deadline=None)
 
 @few
 @given(changes, st.lists(places, max_size=1))
+@example([(("data", "init_args", "val_size"), float("nan"))], [])
 def test_broken_files(changes, dropped):
     fit_broken_file(changes, dropped)
 

@@ -105,10 +105,10 @@ class ImageDataModule(LightningDataModule):
         except OSError as error:
             raise UserError(f"the images of {self.dataset} can't be read ({error}): check their folder") from error
         total = len(self.train_set)
-        count = round(self.val_size * total) if self.val_size < 1 else int(self.val_size)
-        if not 0 <= count < total:
+        size = self.val_size * total if self.val_size < 1 else self.val_size
+        if not 0 <= size <= total - 1:
             raise UserError(f"val_size {self.val_size} doesn't fit the {total} training images of {self.dataset}")
-        self.val_index = stratified_sample(self.train_set.labels, count, self.split_seed).sort().values
+        self.val_index = stratified_sample(self.train_set.labels, round(size), self.split_seed).sort().values
         is_training = torch.ones(total, dtype=torch.bool)
         is_training[self.val_index] = False
         self.train_index = is_training.nonzero().squeeze(1)
