@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
 from kdq_lightning.post_training import PostTrainingQuantization
+from kdq_lightning.termination import StopTogether
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -72,6 +73,13 @@ class Trainer(LightningTrainer):
             **kwargs,
         )
         self._quantizing = False
+        self._stop_together = StopTogether()
+        self._callbacks.insert(0, self._stop_together)
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether to stop where SIGTERM was received; of several processes, once all of them know."""
+        return self._stop_together.agreed if self.world_size > 1 else super().received_sigterm
 
     def quantize(
         self,
@@ -101,10 +109,15 @@ class Trainer(LightningTrainer):
 
     @property
     def _quantizers(self) -> list[PostTrainingQuantization]:
+        return [callback for callback in self._callbacks if isinstance(callback, PostTrainingQuantization)]
+
+    @property
+    def _callbacks(self) -> list[Callback]:
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # set by Lightning, unknown to its type
-        return [callback for callback in callbacks if isinstance(callback, PostTrainingQuantization)]
+        return callbacks
 
     def _run_stage(self) -> Any:  # noqa: ANN401 - what Lightning's stages return
+        self._stop_together.listen(self)
         if not self._quantizing:
             return super()._run_stage()
         for callback in self._quantizers:

@@ -122,35 +122,63 @@ def test_every_strategy_trains_on_two_ranks(strategy: str, images: Path, teacher
     assert checkpoint["global_step"] == 6
 
 
-class Dies(Callback):
-    """Takes a rank away in the middle of an epoch."""
+class Signal(Callback):
+    """Sends a signal to the process of one rank in the middle of an epoch, and notes each step that is done."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, signum: int, rank: int, step: int) -> None:
+        self.signum, self.rank, self.step = signum, rank, step
 
     def on_train_batch_end(self, trainer, *_):
-        if trainer.global_rank == self.rank and trainer.global_step == 30:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with Path(f"steps-{trainer.global_rank}.log").open("a") as log:
+            print(trainer.global_step, file=log)
+        if trainer.global_rank == self.rank and trainer.global_step == self.step:
+            os.kill(os.getpid(), self.signum)
+
+
+def fit_on_two(*more: str) -> subprocess.CompletedProcess[str]:
+    """Train three epochs of 20 steps on two ranks, which `kdq` starts."""
+    command = [sys.executable, "-m", "kdq_lightning.cli", "fit", "--config", config("quickstart")]
+    command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=3"]
+    command += ["--quantization.bits=[4]", "--trainer.enable_progress_bar=false", *more]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def sends(signum: int, rank: int, step: int) -> list[str]:
+    """Return the options for a `Signal`."""
+    options = [
+        f"--trainer.callbacks.{name}={value}"
+        for name, value in zip(("signum", "rank", "step"), (signum, rank, step), strict=True)
+    ]
+    return ["--trainer.callbacks+=tests.test_distributed.Signal", *options]
 
 
 @pytest.mark.slow
 def test_a_rank_that_dies_is_named(workspace: Path):
     """The run ends within a minute, and goes on from its checkpoint."""
-    command = [sys.executable, "-m", "kdq_lightning.cli", "fit", "--config", config("quickstart")]
-    command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=3"]
-    command += ["--quantization.bits=[4]", "--trainer.enable_progress_bar=false"]
-    dying = ["--trainer.callbacks+=tests.test_distributed.Dies", "--trainer.callbacks.rank=1"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     start = time.monotonic()
-    dead = subprocess.run([*command, *dying], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    dead = fit_on_two(*sends(signal.SIGKILL, rank=1, step=30))
     assert dead.returncode
     assert "rank 1 was killed" in dead.stderr or "[rank: 1] Child process" in dead.stderr, dead.stderr  # or Lightning's
     assert time.monotonic() - start < 60
-    again = subprocess.run(
-        [*command, "--ckpt_path=last"], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    again = fit_on_two("--ckpt_path=last")
     assert again.returncode == 0, again.stderr
     assert [path.name for path in Path("runs/quickstart").iterdir()] == ["version_0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_stop_together(rank: int, workspace: Path):
+    """SIGTERM to one of two ranks: both stop after the same step, save it, leave with 143, and no step is repeated."""
+    stopped = fit_on_two(*sends(signal.SIGTERM, rank, step=30))
+    assert stopped.returncode == 143, stopped.stderr
+    one, two = (Path(f"steps-{rank}.log").read_text().split() for rank in (0, 1))
+    assert one == two and 30 <= len(one) < 60
+    saved = torch.load("runs/quickstart/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert saved == len(one)
+    again = fit_on_two("--ckpt_path=last", *sends(signal.SIGTERM, rank, step=-1))
+    assert again.returncode == 0, again.stderr
+    assert Path("steps-0.log").read_text().split() == [str(step) for step in range(1, 61)]
 
 
 def test_killed_ranks_are_named():
