@@ -256,6 +256,7 @@ def find_records(*folders: Path) -> dict[Path, list[Record]]:
 
 
 WITHOUT_EFFECT = {
+    "model": {"teacher_cache"},
     "data": {"root", "download", "seed"},  # the seed is a field of its own
     "trainer": {
         *("accelerator", "devices", "num_nodes", "strategy", "plugins", "default_root_dir", "fast_dev_run"),
@@ -279,7 +280,7 @@ def config_hash(config: Mapping[str, Any], weights: str | None = None) -> str:
         weights: What identifies the trained weights instead of their path, for `kdq quantize`.
     """
     root = Path(config["trainer"].get("default_root_dir") or ".").absolute()
-    what = {section: _with_effect(section, config.get(section) or {}) for section in ("model", *WITHOUT_EFFECT)}
+    what = {section: _with_effect(section, config.get(section) or {}) for section in WITHOUT_EFFECT}
     arguments = what["model"].get("init_args", {})
     for key in ("teacher", "packed", "weights"):
         if isinstance(arguments.get(key), str) and Path(arguments[key]).absolute().is_relative_to(root):

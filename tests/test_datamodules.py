@@ -187,15 +187,17 @@ def test_batches_are_augmented_in_training_alone(archive):
     assert torch.equal(data.on_after_batch_transfer(batch, 0).images, plain)
     data.trainer = SimpleNamespace(training=False, current_epoch=0)
     assert torch.equal(data.on_after_batch_transfer(batch, 0).images, plain)
-    sizes = []
-    for epoch in range(5):
-        data.trainer = SimpleNamespace(training=True, current_epoch=epoch, max_epochs=5)
-        images = data.on_after_batch_transfer(batch, 0).images
-        sizes.append(images.shape[-1])
-    assert sizes == [16, 16, 24, 24, 32]
+    data.trainer = SimpleNamespace(training=True, current_epoch=4, max_epochs=5)
+    images = data.on_after_batch_transfer(batch, 0).images
     views = augment(batch.images, batch.index, seed=3, epoch=4, crop=4, flip=True, cutout=8, fill=(125, 123, 114))
     assert torch.equal(images, data.normalize(views))
     assert data.on_after_batch_transfer(batch, 0).labels is batch.labels
+
+
+def test_sizes_are_spread_over_the_epochs(archive):
+    data = cifar(archive, image_sizes=[16, 24, 32])
+    assert [data.training_size(epoch, 5) for epoch in range(5)] == [16, 16, 24, 24, 32]
+    assert cifar(archive).training_size(0, 5) == 32
 
 
 def test_trainer_options_that_do_not_fit(archive):

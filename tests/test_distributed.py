@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
+from safetensors.torch import load_file
 from torch import nn
 
 from kdq_lightning.callbacks import NameDeadRank
@@ -120,6 +121,32 @@ def test_every_strategy_trains_on_two_ranks(strategy: str, images: Path, teacher
     assert main([*arguments, "--trainer.max_epochs=2", "--trainer.limit_train_batches=3"]) == 0
     checkpoint = torch.load(f"runs/{strategy}_cpu/version_0/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6
+
+
+def test_ranks_gather_their_teachers_answers(images: Path, teacher_run: Path, workspace: Path):
+    """The cache of two ranks holds every image of an epoch once, with what one rank writes."""
+    arguments = [
+        "fit",
+        "--config",
+        config("vanilla_cpu"),
+        f"--data.root={images}",
+        *FEW_STEPS,
+        "--trainer.max_epochs=1",
+    ]
+    arguments += ["--model.init_args.network=resnet8", f"--model.init_args.teacher={teacher_run}"]
+    answers = []
+    for ranks in ([], TWO):
+        cache = f"cache{len(ranks)}"
+        assert (
+            main([*arguments, "--quantization.enabled=false", f"--model.init_args.teacher_cache={cache}", *ranks]) == 0
+        )
+        (file,) = Path(cache).glob("*/epoch-0.safetensors")
+        content = load_file(file)
+        answers.append(dict(zip(content["index"].tolist(), content["logits"], strict=True)))
+    one, two = answers
+    assert len(one) == 64 and one.keys() == two.keys()
+    for image, logits in one.items():
+        torch.testing.assert_close(two[image], logits)
 
 
 class Signal(Callback):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq_lightning.checkpoints import load_trained
+from kdq_lightning.data.augmentation import shrink
 from kdq_lightning.data.datamodules import DigitsDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.losses import cross_entropy, dkd_parts, hint_loss, kd_loss, mixup, mutual_loss, partner
@@ -123,6 +124,28 @@ def test_hint_stages():
     assert not any("regressor" in name for name in module.networks()["resnet8"].state_dict())
     second = hinted(step=20).losses(IMAGES, LABELS)
     assert set(second.parts) == {"ce", "kd"}
+
+
+@pytest.mark.parametrize("kind", [VanillaKD, DecoupledKD, MixupKD, HintKD])
+def test_a_teacher_sees_whole_what_its_student_sees_shrunk(kind: type[Distillation]):
+    """One view, one mixture: the student gets the smaller size of the epoch, the teacher the size that it knows."""
+    module = hinted(step=50) if kind is HintKD else student(kind)
+    module._image_size = 8
+    seen = []
+    module.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    module.losses(IMAGES, LABELS)
+    assert module.teacher.seen.shape[-1] == 16
+    torch.testing.assert_close(seen[0], shrink(module.teacher.seen, 8))
+
+
+def test_hints_of_shrunk_images_are_averaged():
+    module = hinted(step=3)
+    module._image_size = 8
+    mine = stage2_features(copy.deepcopy(module.network), shrink(IMAGES, 8))
+    theirs = stage2_features(module.teacher.network, IMAGES)
+    assert theirs.shape[-1] == 2 * mine.shape[-1]
+    pooled = theirs.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
+    torch.testing.assert_close(module.losses(IMAGES, LABELS).loss, hint_loss(module.regressor(mine), pooled))
 
 
 def test_hint_learning_rates():

@@ -1,5 +1,6 @@
 """The datamodule that every source shares: images in memory, whole batches, augmentation on the device."""
 
+import hashlib
 import os
 from typing import Any
 
@@ -8,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kdq_lightning.data.augmentation import augment, shrink
+from kdq_lightning.data.augmentation import augment
 from kdq_lightning.data.images import Batch, ImageSet, stratified_sample
 from kdq_lightning.data.normalization import Statistics, check_statistics, normalize
 from kdq_lightning.data.sampler import GlobalBatchSampler, ResumableLoader
@@ -53,7 +54,8 @@ class ImageDataModule(LightningDataModule):
             flip: Mirror every other image.
             cutout: Side in pixels of the square painted over with the mean colour, 0 for none.
             trivial_augment: Apply TrivialAugmentWide to each image.
-            image_sizes: Sides in pixels that training images are shrunk to, spread evenly over the run's epochs.
+            image_sizes: Sides in pixels that the trained network gets training images at, spread evenly over the run's
+                epochs; a teacher sees the same views whole.
             seed: Seed of order and views; the run's seed if not given.
             split_seed: Seed of the validation split and of the calibration images, whatever the run's seed.
 
@@ -212,17 +214,28 @@ class ImageDataModule(LightningDataModule):
         )
         return batch._replace(images=self.normalize(images))
 
+    def view_key(self) -> dict[str, object]:
+        """Return what decides, beside the epoch, which views an epoch of training shows; known after setup."""
+        digest = hashlib.blake2b(self.train_set.images.numpy().data, digest_size=8)
+        digest.update(self.train_index.numpy().data)
+        return {
+            "images": digest.hexdigest(),
+            **{
+                name: getattr(self, name)
+                for name in ("seed", "batch_size", "crop", "flip", "cutout", "trivial_augment")
+            },
+            "statistics of views": [self.mean, self.std],
+        }
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Normalise a batch on its device; while training, augment it too, and shrink it if sizes grow over the run."""
+        """Normalise a batch on its device; while training, augment it, too."""
         if not (self.trainer and self.trainer.training):
             return batch._replace(images=self.normalize(batch.images))
-        epoch, epochs = self.trainer.current_epoch, self.trainer.max_epochs
-        batch = self.training_view(batch, epoch)
-        if self.image_sizes and epochs:
-            batch = batch._replace(
-                images=shrink(batch.images, self.image_sizes[epoch * len(self.image_sizes) // epochs])
-            )
-        return batch
+        return self.training_view(batch, self.trainer.current_epoch)
+
+    def training_size(self, epoch: int, epochs: int) -> int:
+        """Return the side in pixels that the trained network gets images at in an epoch of a run of so many."""
+        return self.image_sizes[epoch * len(self.image_sizes) // epochs] if self.image_sizes else self.image_size
 
 
 def _as_it_is(batch: Any) -> Any:  # noqa: ANN401 - torch types collate_fn as if it always got lists

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from kdq_lightning.checkpoints import TrainedNetwork, grow_biases, load_state, load_trained, network_state
+from kdq_lightning.data.augmentation import shrink
 from kdq_lightning.data.images import Batch
 from kdq_lightning.data.normalization import Statistics, renormalize
 from kdq_lightning.errors import UserError, check_range
@@ -94,6 +95,7 @@ class Classifier(LightningModule):
         self.metrics = {name: build_metrics(num_classes) for name in self.networks()}
         self._registered_metrics = nn.ModuleList(self.metrics.values())  # so that they move with the module
         self.val_loss = MeanMetric()
+        self._image_size: int | None = None  # of this epoch's training images
         self._sums: dict[str, Tensor] = {}
         self._bad_step = torch.tensor(-1)
 
@@ -124,10 +126,10 @@ class Classifier(LightningModule):
         """Return the loss of a training batch and its parts: what a strategy is.
 
         Args:
-            images: (batch, 3, h, w), augmented and normalised.
+            images: (batch, 3, h, w), augmented and normalised, whole: the trained network gets them `shrunk`.
             labels: (batch,), class indices.
         """
-        logits = self.network(images)
+        logits = self.network(self.shrunk(images))
         ce = cross_entropy(logits, labels)
         return Losses(ce, {"ce": ce}, logits)
 
@@ -141,6 +143,10 @@ class Classifier(LightningModule):
         if self._data_statistics is not None and self.mean is not None and self.std is not None:
             images = renormalize(images, *self._data_statistics, self.mean, self.std)
         return images.contiguous(memory_format=torch.channels_last)
+
+    def shrunk(self, images: Tensor) -> Tensor:
+        """Resize training images (batch, 3, h, w) to what the trained network gets in this epoch."""
+        return images if self._image_size is None else shrink(images, self._image_size)
 
     # --- weights and statistics
 
@@ -221,7 +227,9 @@ class Classifier(LightningModule):
         self.on_train_epoch_start()  # Lightning leaves it out when it resumes in the middle of an epoch
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's sums and its clock."""
+        """Start the epoch's sums and its clock, and look up the size of its images."""
+        data, epochs = self.trainer.datamodule, self.trainer.max_epochs  # type: ignore[attr-defined]
+        self._image_size = data.training_size(self.current_epoch, epochs) if data is not None else None
         self._sums = {}
         self._started = time.perf_counter()
 

@@ -11,11 +11,12 @@ from kdq_lightning.data.images import Batch
 from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
+from kdq_lightning.modules.logit_cache import LogitCache
 from kdq_lightning.modules.teacher import Teacher
 
 
 class Distillation(Classifier):
-    """A student beside a frozen teacher; a strategy overrides `losses` and calls `teacher_logits` in it."""
+    """A student beside a frozen teacher; a strategy overrides `losses` and calls `view_logits` or `teacher_logits`."""
 
     def __init__(
         self,
@@ -23,6 +24,7 @@ class Distillation(Classifier):
         teacher_network: str | None = None,
         teacher_mean: Statistics | None = None,
         teacher_std: Statistics | None = None,
+        teacher_cache: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Name the teacher; it is loaded when training starts.
@@ -33,11 +35,16 @@ class Distillation(Classifier):
             teacher_network: The teacher's network, which a plain state dict doesn't say.
             teacher_mean: Channel means of the inputs that a plain state dict was trained on.
             teacher_std: Their channel deviations.
+            teacher_cache: Folder for the teacher's logits on all training views, 4 bytes a class, image and epoch. Runs
+                that see the same views (vanilla, dkd, hint of one seed) find them there, and ask the teacher no more.
             **kwargs: Those of `Classifier`.
         """
         super().__init__(**kwargs)
         self.teacher_source = (teacher, teacher_network, teacher_mean, teacher_std)
         self.teacher: Teacher | None = None
+        self.teacher_cache = teacher_cache
+        self._cache: LogitCache | None = None
+        self._index = torch.empty(0)  # of the batch's images
         self.agreement = MeanMetric()
         self._teacher_top1: dict[int, Tensor] = {}
 
@@ -67,9 +74,43 @@ class Distillation(Classifier):
 
     def on_fit_start(self) -> None:
         """Move the teacher to the student's device."""
-        super().on_fit_start()
         if self.teacher is not None:
             self.teacher.network.to(self.device)
+        if self.teacher is not None and self.teacher_cache is not None:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            key = {"teacher": self.teacher.digest, "statistics": [self.teacher.mean, self.teacher.std]}
+            self._cache = LogitCache(self.teacher_cache, key | data.view_key())
+        super().on_fit_start()
+
+    def on_train_epoch_start(self) -> None:
+        """Look for the epoch's logits; all processes ask the teacher if one of them has none."""
+        super().on_train_epoch_start()
+        if self._cache is not None:
+            known = self._cache.start(self.current_epoch, self._images_of_an_epoch, self.device)
+            if not self.trainer.strategy.reduce_boolean_decision(known):
+                self._cache.forget()
+
+    def on_train_epoch_end(self) -> None:
+        """Keep the epoch's logits, if all of it was asked for."""
+        super().on_train_epoch_end()
+        if self._cache is None or not self._cache.asked:
+            return
+        asked = [torch.cat(column) for column in zip(*self._cache.asked, strict=True)]
+        gathered = [torch.as_tensor(self.all_gather(column)) for column in asked]
+        index, logits = gathered[0].flatten(), gathered[1].reshape(-1, self.num_classes)
+        if self.trainer.is_global_zero and len(index) == self._images_of_an_epoch:
+            self._cache.write(self.current_epoch, index, logits)
+
+    @property
+    def _images_of_an_epoch(self) -> int:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        batch_size: int = min(data.batch_size, len(data.train_index))
+        return int(self.trainer.num_training_batches) * batch_size
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Note whose views these are."""
+        self._index = batch.index
+        return super().training_step(batch, batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down which weights have taught."""
@@ -91,9 +132,15 @@ class Distillation(Classifier):
             )
 
     def teacher_logits(self, images: Tensor) -> Tensor:
-        """Return the teacher's logits (batch, classes) for the very images (batch, 3, h, w) that the student gets."""
+        """Return the teacher's logits (batch, classes) for the very images (batch, 3, h, w) that `losses` gets."""
         assert self.teacher is not None and self.mean is not None and self.std is not None, "set by setup('fit')"
         return self.teacher.logits(images, self.mean, self.std)
+
+    def view_logits(self, images: Tensor) -> Tensor:
+        """Return the same for images that are exactly the batch's views, which the cache may know."""
+        if self._cache is None:
+            return self.teacher_logits(images)
+        return self._cache.logits(self._index, lambda: self.teacher_logits(images))
 
     def _evaluate(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Add the agreement with the teacher, whose answers on the validation images are computed once."""

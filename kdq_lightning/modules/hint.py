@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq_lightning.data.images import Batch
@@ -79,9 +80,9 @@ class HintKD(VanillaKD):
         if self.global_step >= self.hint_steps:
             losses = super().losses(images, labels)
             return losses._replace(loss=losses.loss + self._zero([self.regressor]))
-        hint = hint_loss(
-            self.regressor(stage2_features(self.network, images)), self.teacher.features(images, self.mean, self.std)
-        )
+        features = self.regressor(stage2_features(self.network, self.shrunk(images)))
+        wanted = F.adaptive_avg_pool2d(self.teacher.features(images, self.mean, self.std), features.shape[-2:])
+        hint = hint_loss(features, wanted)
         return Losses(hint + self._zero(self._rest()), {"hint": hint}, None)
 
     def _zero(self, unused: list[nn.Module]) -> Tensor | float:

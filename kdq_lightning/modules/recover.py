@@ -100,8 +100,8 @@ class Recover(Distillation):
 
     def losses(self, images: Tensor, labels: Tensor) -> Losses:
         """τ²·KL(target ‖ network)."""
-        logits: Tensor = functional_call(self.network, self.quantized_weights(), (images,))
-        kd = kd_loss(logits, self.teacher_logits(images), self.temperature)
+        logits: Tensor = functional_call(self.network, self.quantized_weights(), (self.shrunk(images),))
+        kd = kd_loss(logits, self.view_logits(images), self.temperature)
         return Losses(kd, {"kd": kd}, logits)
 
     @torch.no_grad()
