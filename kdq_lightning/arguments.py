@@ -1,5 +1,6 @@
 """Options and what is wrong with them, in one line, where jsonargparse prints every option there is."""
 
+import importlib
 import inspect
 from collections.abc import Collection
 from types import NoneType
@@ -24,6 +25,13 @@ class OneLineErrors(ArgumentParser):
     def hint(self, sentence: str) -> str:
         """Return what is known beyond jsonargparse's sentence."""
         return ""
+
+
+def check_class_given(settings: Namespace, name: str, later: Collection[str] = ()) -> None:
+    """Call `check_given` for a group that names its class in `class_path`."""
+    module, _, kind = settings.class_path.rpartition(".")
+    if "init_args" in settings:
+        check_given(getattr(importlib.import_module(module), kind), settings.init_args, name, later)
 
 
 def check_given(owner: type, settings: object, name: str, later: Collection[str] = ()) -> None:

@@ -47,9 +47,9 @@ class RunFolder(Callback):
     _training = False
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove half-written files of a killed run that goes on here."""
+        """Remove half-written files that killed runs of this name have left."""
         if trainer.is_global_zero and trainer.logger and trainer.logger.log_dir:
-            remove_leftovers(Path(trainer.logger.log_dir))
+            remove_leftovers(Path(trainer.logger.log_dir).parent)
 
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Note that there is a state to keep."""

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from kdq_lightning.arguments import OneLineErrors, check_given
+from kdq_lightning.arguments import OneLineErrors, check_class_given, check_given
 from kdq_lightning.callbacks import NameDeadRank, RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.checkpoints import FINISHED, find_checkpoint, read_checkpoint, versions
 from kdq_lightning.dashboard import Dashboard
@@ -80,11 +80,8 @@ class CommandLine(LightningCLI):
         config = self.config[self.config.subcommand]
         check_given(Trainer, config.trainer, "trainer")
         check_given(PostTrainingQuantization, config.quantization, "quantization")
-        for name in ("model", "data"):
-            module, _, kind = config[name].class_path.rpartition(".")
-            if "init_args" in config[name]:
-                owner = getattr(importlib.import_module(module), kind)
-                check_given(owner, config[name].init_args, name, later=["num_classes"])
+        check_class_given(config.model, "model", later=["num_classes"])
+        check_class_given(config.data, "data", later=["num_classes"])
         self.root = Path(config.trainer.default_root_dir).absolute()  # a checkpoint remembers its folder
         self.run_name = config.name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
         self.resumed: Path | None = None

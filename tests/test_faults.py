@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdq_lightning.cli import main
 from kdq_lightning.results import read_records
@@ -114,6 +115,20 @@ def test_terminated_while_training(step: int, server: Server):
     goes_on = step + 1 if (step + 1) % STEPS_AN_EPOCH else step + 1 - STEPS_AN_EPOCH  # the validation was cut off
     assert steps == [*range(step + 1), *range(goes_on, 100)]
     assert state(newest_version()) == unbroken
+
+
+@pytest.mark.slow
+def test_truncated_events(server: Server):
+    """A power cut in the middle of a line of events: the run goes on, and TensorBoard shows the points after it."""
+    assert server(FIT, "terminated", 33) == 143, Path("output.log").read_text()
+    (events,) = newest_version().glob("events.*")
+    os.truncate(events, events.stat().st_size - 7)
+    assert server([*FIT, "--ckpt_path=last"]) == 0, Path("output.log").read_text()
+    shown = EventAccumulator(str(newest_version()))
+    shown.Reload()
+    steps = [event.step for event in shown.Scalars("train/loss")]
+    assert steps[-4:] == [40, 60, 80, 100] and len(set(steps)) == len(steps)
+    assert len(shown.Scalars("quantized/accuracy_vs_bits")) == 3
 
 
 @pytest.mark.slow
