@@ -71,6 +71,17 @@ def test_plan(workspace: Path):
     assert hashes[0] == hashes[2] != hashes[1] == hashes[3]  # of everything but the seed
 
 
+def test_a_run_may_have_fewer_seeds(workspace: Path):
+    seeds = {"teacher": [0, 7], "vanilla": [7]}
+    runs = {name: {**entry, "seeds": seeds[name]} for name, entry in TINY["runs"].items()}
+    plan = read_plan(write_plan(TINY | {"seeds": [0, 7, 8], "runs": runs}), Path("runs"))
+    assert [(run.name, run.seed) for run in plan] == [("teacher", 0), ("teacher", 7), ("vanilla", 7)]
+    for wrong, sentence in (({"teacher": [7], "vanilla": [0]}, "with seed 0"), ({"vanilla": [5]}, r"\[5\], which")):
+        runs = {name: {**entry, "seeds": wrong.get(name, [0])} for name, entry in TINY["runs"].items()}
+        with pytest.raises(UserError, match=sentence):
+            read_plan(write_plan(TINY | {"seeds": [0, 7], "runs": runs}), Path("runs"))
+
+
 def test_public_weights(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Weights that are there are quantized, once, and teach; where they are not, the teacher is trained."""
     weights = {"path": "public.safetensors", "network": "resnet8", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}

@@ -8,6 +8,7 @@ runs:                                 # in this order; the folder of an earlier 
   teacher: {config: teacher_cpu.yaml}
   vanilla:
     config: vanilla_cpu.yaml          # beside the study's file
+    seeds: [0]                        # some of the study's; all if not given
     overrides: {model.init_args.teacher: "{teacher}"}
 ```
 """
@@ -110,15 +111,16 @@ def read_plan(path: Path, root: Path) -> list[Run]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML ({error})") from error
     study = _checked(path, "the study", content, required={"runs"}, optional={"seeds", "overrides"})
-    seeds, entries = study.get("seeds", [0]), study["runs"]
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise UserError(f"{path}: seeds must be a list of whole numbers, got {seeds}")
+    seeds, entries = _seeds(path, study, default=[0]), study["runs"]
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{path}: runs must be names with a config each")
+    for name, entry in entries.items():
+        if strange := set(_seeds(path, entry, default=seeds)) - set(seeds):
+            raise UserError(f"{path}: run {name} has the seeds {sorted(strange)}, which the study has not")
     everyones = _overrides(path, "the study", study)
     runs = [
         run
-        for i, seed in enumerate(dict.fromkeys(seeds))
+        for i, seed in enumerate(seeds)
         for run in _runs_of_a_seed(path, entries, everyones, root / path.stem / f"seed{seed}", seed)
         if i == 0 or run.command == "fit"  # public weights know no seed
     ]
@@ -134,15 +136,20 @@ def _runs_of_a_seed(
     public: dict[str, Mapping[str, Any]] = {}  # weights that exist already, by run
     places: dict[str, str] = {}
     for name, content in entries.items():
-        entry = _checked(path, name, content, required={"config"}, optional={"overrides", "weights"})
+        entry = _checked(path, name, content, required={"config"}, optional={"overrides", "seeds", "weights"})
+        weights = _public_weights(path, name, entry)
+        if seed not in _seeds(path, entry, default=[seed]) and not weights:
+            continue
         config = path.parent / str(entry["config"])
         if not config.is_file():
             raise UserError(f"{path}: run {name} names the config {config}, which does not exist")
         overrides = {**everyones, **_overrides(path, name, entry)}
         named = dict.fromkeys(_REFERENCE.findall(str(list(overrides.values()))))
         if missing := [needed for needed in named if needed not in places]:
-            raise UserError(f"{path}: run {name} needs {{{missing[0]}}}, and no run of that name stands before it")
-        if weights := _public_weights(path, name, entry):
+            raise UserError(
+                f"{path}: run {name} needs {{{missing[0]}}}, and no run of that name stands before it with seed {seed}"
+            )
+        if weights:
             public[name] = weights
             overrides |= {"model.init_args.weights": weights["path"], **_statistics("weights", weights)}
         taught_by = _REFERENCE.fullmatch(str(overrides.get(TEACHER, "")))
@@ -158,6 +165,13 @@ def _runs_of_a_seed(
         places[name] = str(weights["path"] if weights else run.folder)
         runs.append(run)
     return runs
+
+
+def _seeds(path: Path, entry: object, default: list[int]) -> list[int]:
+    seeds = entry.get("seeds", default) if isinstance(entry, dict) else default
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise UserError(f"{path}: seeds must be a list of whole numbers, got {seeds}")
+    return list(dict.fromkeys(seeds))
 
 
 def _public_weights(path: Path, name: str, entry: Mapping[str, Any]) -> Mapping[str, Any] | None:
