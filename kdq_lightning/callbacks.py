@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kdq_lightning.checkpoints import FINISHED
 from kdq_lightning.files import remove_leftovers, write_atomically
@@ -44,28 +43,19 @@ class SaveConfig(SaveConfigCallback):
 class RunFolder(Callback):
     """Marks a run as finished, tidies up after a killed one, and takes away the folder of one with nothing to keep."""
 
-    _training = False
-
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
         """Remove half-written files that killed runs of this name have left."""
         if trainer.is_global_zero and trainer.logger and trainer.logger.log_dir:
             remove_leftovers(Path(trainer.logger.log_dir).parent)
 
-    def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        """Note that there is a state to keep."""
-        self._training = True
-
     def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Say that the weights are final: only such a version stands for its run."""
-        self._training = False
         folder = trainer.log_dir  # a collective call, so every rank makes it
         if trainer.is_global_zero and folder and trainer.logger:
             Path(folder, FINISHED).touch()
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing half-written; told to terminate within an epoch, keep what the epoch has reached."""
-        if isinstance(exception, SIGTERMException) and self._training and trainer.training:
-            trainer.save_checkpoint(Path(trainer.log_dir or "", "checkpoints", "last.ckpt"))  # all ranks stop together
+        """Leave no folder without a checkpoint or a record."""
         if trainer.is_global_zero and trainer.logger and trainer.global_step == 0:
             folder = Path(trainer.logger.log_dir or "")
             if folder.name.startswith("version_") and not any((folder / kept).exists() for kept in KEPT):

@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer as LightningTrainer
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
+from kdq_lightning.interruption import Interruption
 from kdq_lightning.post_training import PostTrainingQuantization
-from kdq_lightning.termination import StopTogether
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -73,13 +73,13 @@ class Trainer(LightningTrainer):
             **kwargs,
         )
         self._quantizing = False
-        self._stop_together = StopTogether()
-        self._callbacks.insert(0, self._stop_together)
+        self._interruption = Interruption()
+        self._callbacks.insert(0, self._interruption)
 
     @property
     def received_sigterm(self) -> bool:
         """Whether to stop where SIGTERM was received; of several processes, once all of them know."""
-        return self._stop_together.agreed if self.world_size > 1 else super().received_sigterm
+        return self._interruption.agreed if self.world_size > 1 else super().received_sigterm
 
     def quantize(
         self,
@@ -117,7 +117,7 @@ class Trainer(LightningTrainer):
         return callbacks
 
     def _run_stage(self) -> Any:  # noqa: ANN401 - what Lightning's stages return
-        self._stop_together.listen(self)
+        self._interruption.listen(self)
         if not self._quantizing:
             return super()._run_stage()
         for callback in self._quantizers:

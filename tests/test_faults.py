@@ -118,6 +118,23 @@ def test_terminated_while_training(step: int, server: Server):
 
 
 @pytest.mark.slow
+def test_checkpoints_by_time(server: Server):
+    """Epochs longer than the interval, here of 0 s, are saved in between: after a kill no more is done again."""
+    assert server(FIT) == 0, Path("output.log").read_text()
+    unbroken = state(newest_version())
+    shutil.rmtree("runs")
+    Path("steps.log").unlink()
+    for step in (1, 33, 39, 40, 77):
+        goes_on = ["--ckpt_path=last"] * (step > 1)
+        assert server([*FIT, *goes_on], "killed with checkpoints by time", step) == -signal.SIGKILL
+    assert server([*FIT, "--ckpt_path=last"]) == 0, Path("output.log").read_text()
+    steps = [int(line) for line in Path("steps.log").read_text().split()]
+    repeated = [before - after + 1 for before, after in pairwise(steps) if after <= before]
+    assert len(repeated) == 5 and max(repeated) <= 1
+    assert state(newest_version()) == unbroken
+
+
+@pytest.mark.slow
 def test_truncated_events(server: Server):
     """A power cut in the middle of a line of events: the run goes on, and TensorBoard shows the points after it."""
     assert server(FIT, "terminated", 33) == 143, Path("output.log").read_text()
