@@ -55,7 +55,7 @@ def test_step_benchmark_computes_from_what_it_measures(capsys, monkeypatch: pyte
     """Efficiency is the median over turns of limit / Trainer time; minutes follow from the Trainer's."""
     limits, actuals = iter([0.1, 0.4, 0.3]), iter([0.2, 0.5, 0.3])
     monkeypatch.setattr(step, "_bare_seconds", lambda *_: next(limits))
-    monkeypatch.setattr(step, "_trainer_seconds", lambda *_: next(actuals))
+    monkeypatch.setattr(step, "trainer_seconds", lambda *_: next(actuals))
     parser = ArgumentParser()
     step.add_arguments(parser)
     chosen = ['--strategies=["dml"]', "--steps=10", "--batch_size=6", "--repeats=3"]

@@ -13,9 +13,12 @@ import yaml
 from safetensors.torch import save_file
 
 from kdq_lightning.cli import main, read_settings
+from kdq_lightning.data.base import ImageDataModule
+from kdq_lightning.data.datamodules import DigitsDataModule
 from kdq_lightning.errors import UserError
+from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.networks import build_network
-from kdq_lightning.study import execution
+from kdq_lightning.study import budget, execution
 from kdq_lightning.study.command import still_to_run
 from kdq_lightning.study.plan import Run, read_plan
 from kdq_lightning.study.progress import Progress, find_done, format_seconds
@@ -52,7 +55,7 @@ def write_plan(content: object, name: str = "tiny") -> Path:
     for config in CONFIGS.glob("*_cpu.yaml"):
         shutil.copy(config, config.name)
     path = Path(f"{name}.yaml")
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
@@ -311,3 +314,95 @@ def test_two_processes_see_their_gpus(workspace: Path, monkeypatch: pytest.Monke
 def test_plan_needs_a_readable_file(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be read"):
         read_plan(tmp_path / "none.yaml", Path("runs"))
+
+
+BUDGET = {
+    "seeds": [0, 1],
+    "overrides": {
+        "data": "DigitsDataModule",
+        "data.init_args.batch_size": 512,
+        "trainer.max_epochs": 300,
+        "trainer.accelerator": "cpu",
+        "quantization.bits": [2],
+        "quantization.calibration_images": 16,
+    },
+    "runs": {
+        "teacher": {"config": "teacher_cpu.yaml", "overrides": {"model.init_args.network": "resnet8"}},
+        "vanilla": {
+            "config": "vanilla_cpu.yaml",
+            "overrides": {"model.init_args.network": "resnet8", "model.init_args.teacher": "{teacher}"},
+        },
+        "dml": {
+            "config": "dml_cpu.yaml",
+            "seeds": [1],
+            "overrides": {"model.init_args.networks": ["resnet8", "resnet8"], "data.init_args.image_sizes": None},
+        },
+    },
+}
+"""Without image sizes for the teacher and the peers, which the plan gives them, and with the config's for vanilla."""
+
+
+def test_a_budget_is_planned_and_kept(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Known seconds: 2 s a step for each network, a teacher's answer among them, halved with the image's side."""
+    monkeypatch.setattr(budget.Meter, "forward_seconds", lambda *_: 0.001)
+    monkeypatch.setattr(budget.Meter, "quantization_seconds", lambda *_: 3.0)
+
+    def seconds(module: Classifier, data: ImageDataModule, steps: int) -> float:
+        networks = len(module.networks()) + (getattr(module, "teacher", None) is not None)
+        return steps * 2 * networks * data.training_size(0, 1) / 16
+
+    monkeypatch.setattr(budget, "trainer_seconds", seconds)
+    path = write_plan(BUDGET, "long")
+    assert main(["study", str(path), "--budget_minutes=600", "--dry_run"]) == 0
+    plan = yaml.safe_load(Path("runs/long/plan.yaml").read_text())
+    data = DigitsDataModule(batch_size=128)
+    data.setup()
+    steps, evaluated = len(data.train_index) // 128, len(data.val_index) + len(data.test_set)
+    seconds_an_epoch = {"teacher": 2 * 0.75 * steps, "vanilla": 4 * steps, "dml": 4 * 0.75 * steps}
+    validation, networks = len(data.val_index) * 0.001, {"teacher": 1, "vanilla": 1, "dml": 2}
+    total = 0.0
+    for name, entry in plan["runs"].items():
+        epochs = entry["options"]["trainer.max_epochs"]
+        assert entry["options"]["data.init_args.batch_size"] == 128
+        assert entry["options"]["model.init_args.learning_rate"] == pytest.approx({"teacher": 0.1}.get(name, 0.2) / 4)
+        assert ("data.init_args.image_sizes" in entry["options"]) == (name != "vanilla")
+        after = networks[name] * (2 * evaluated * 0.001 + 3)
+        minutes = (epochs * (seconds_an_epoch[name] + networks[name] * validation) + after) / 60
+        assert entry["minutes"] == pytest.approx(minutes, abs=0.06), name
+        total += minutes * (1 if name == "dml" else 2)
+    assert len({entry["options"]["trainer.max_epochs"] for entry in plan["runs"].values()}) == 1  # the same share
+    assert plan["projected_minutes"] == pytest.approx(total, abs=0.06)
+    assert 0.9 * 570 < total <= 570  # an epoch more of each would be too many
+    printed = capsys.readouterr().out
+    assert f"--trainer.max_epochs={epochs} " in printed and f"projected: {total:.1f} of 600 minutes" in printed
+    assert main(["study", str(path), "--budget_minutes=60", "--dry_run"]) == 0
+    assert "is kept" in capsys.readouterr().err
+    assert yaml.safe_load(Path("runs/long/plan.yaml").read_text()) == plan
+    Path("runs/long/plan.yaml").unlink()
+    assert main(["study", str(path), "--budget_minutes=1"]) == 1
+    assert "1 minutes are too few" in capsys.readouterr().err and not Path("runs/long/plan.yaml").exists()
+    Path("runs/long/plan.yaml").write_text("nonsense")
+    assert main(["study", str(path), "--dry_run"]) == 1
+    assert "plan.yaml is no plan" in capsys.readouterr().err
+
+
+def test_a_budget_is_measured_and_held(workspace: Path):
+    """A tiny study through `--budget_minutes`, measured for real: the runs have the planned epochs."""
+    small = {"trainer.max_epochs": 4, "trainer.limit_train_batches": 2, "data.init_args.batch_size": 64}
+    plan = write_plan({**TINY, "overrides": {**TINY["overrides"], **small}})
+    assert main(["study", str(plan), "--budget_minutes=100"]) == 0
+    planned = yaml.safe_load(Path("runs/tiny/plan.yaml").read_text())["runs"]
+    assert {entry["options"]["trainer.max_epochs"] for entry in planned.values()} == {4}  # never more than the config's
+    checkpoint = torch.load("runs/tiny/seed3/vanilla/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["epoch"] == 3 and Path("runs/tiny/report/report.md").is_file()
+
+
+def test_answers_that_are_kept_cost_nothing(workspace: Path):
+    """Of two runs that share a teacher's answers, the first one pays for them, in each seed."""
+    runs = dict(BUDGET["runs"])
+    cached = {**runs["vanilla"]["overrides"], "model.init_args.teacher_cache": "answers"}
+    runs = {"teacher": runs["teacher"], "vanilla": {**runs["vanilla"], "overrides": cached}}
+    runs |= {"dkd": {"config": "dkd_cpu.yaml", "overrides": cached}}
+    plan = read_plan(write_plan({**BUDGET, "runs": runs}), Path("runs"))
+    meter = budget.Meter(plan, torch.device("cpu"))
+    assert [meter._finds_answers(run) for run in plan] == [False, False, True] * 2

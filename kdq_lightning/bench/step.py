@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdq_lightning.bench.data import NoiseDataModule
 from kdq_lightning.bench.measure import hardware, print_table
+from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.losses import cross_entropy, kd_loss, mutual_loss
 from kdq_lightning.modules.classifier import Classifier
@@ -56,7 +57,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _trainer_seconds(module: Classifier, data: NoiseDataModule, steps: int) -> float:
+def trainer_seconds(module: Classifier, data: ImageDataModule, steps: int) -> float:
     """Return the seconds of `steps` Trainer steps, sanity checks and start-up apart."""
     clock = _Clock()
     trainer = Trainer(
@@ -147,7 +148,7 @@ def run(args: Namespace) -> dict[str, Any]:
             bare = bare.to(device).to(memory_format=layout)
             taught = teacher if isinstance(module, Distillation) else None
             seconds["limit"].append(_bare_seconds(bare, taught, batch, args.steps))
-            seconds["trainer"].append(_trainer_seconds(module, data, args.steps))
+            seconds["trainer"].append(trainer_seconds(module, data, args.steps))
     print_table(
         f"Training step, {args.network}, batch {args.batch_size}, {figures['precision']}, channels_last",
         ["", "limit, images/s", "Trainer, images/s", "range", "efficiency", f"{args.epochs} epochs of steps, minutes"],

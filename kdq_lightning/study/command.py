@@ -1,14 +1,16 @@
 """`kdq study`: runs what a study's file lists and has no record yet, then writes the report."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.report.command import write_report
+from kdq_lightning.study.budget import make_plan
 from kdq_lightning.study.execution import execute
-from kdq_lightning.study.plan import Run, read_plan
+from kdq_lightning.study.plan import PLAN, Run, read_plan
 from kdq_lightning.study.progress import Progress, find_done
 
 ROOT = Path("runs")
@@ -21,12 +23,17 @@ def main(args: list[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="Print the commands that are left, and run none.")
     parser.add_argument("--devices", type=int, default=1, help="Runs at once: one a GPU, or one a process on the CPU.")
     parser.add_argument("--results", type=Path | None, default=None, help="Folder of records that exist elsewhere.")
+    parser.add_argument(
+        "--budget_minutes", type=float | None, default=None, help="Plan the epochs that fit, by a few measured steps."
+    )
     options = parser.parse_args(args)
     if options.devices < 1:
         raise UserError(f"--devices must be at least 1, got {options.devices}")
     if options.results is not None and not options.results.is_dir():
         raise UserError(f"--results {options.results} is no folder: give one that holds run folders")
     runs = read_plan(options.config, ROOT)
+    if options.budget_minutes is not None:
+        runs = plan_runs(runs, options)
     places = [place for place in (ROOT, options.results) if place is not None and place.is_dir()]
     done = find_done(runs, places)
     left = still_to_run(runs, done)
@@ -46,6 +53,18 @@ def main(args: list[str]) -> int:
     if missing:
         print(f"{len(missing)} of {len(runs)} runs are not done; the same command goes on with them")
     return int(bool(missing))
+
+
+def plan_runs(runs: list[Run], options: Namespace) -> list[Run]:
+    """Plan the runs to fit into the budget, unless that is done already, and return them as planned."""
+    path = ROOT / options.config.stem / PLAN
+    if path.is_file():
+        print(f"{path} is kept; delete it to plan anew", file=sys.stderr)
+        return runs
+    if not options.budget_minutes > 0:
+        raise UserError(f"--budget_minutes must be above 0, got {options.budget_minutes:g}")
+    make_plan(runs, options.budget_minutes, options.devices, path)
+    return read_plan(options.config, ROOT)
 
 
 def still_to_run(runs: Sequence[Run], done: dict[Run, list[Path]]) -> list[Run]:

@@ -26,6 +26,7 @@ import yaml
 from kdq_lightning.checkpoints import FINISHED, versions
 from kdq_lightning.errors import UserError
 
+PLAN = "plan.yaml"  # what `--budget_minutes` has planned, beside the study's runs
 TEACHER = "model.init_args.teacher"
 _REFERENCE = re.compile(r"\{(\w+)\}")
 
@@ -118,10 +119,11 @@ def read_plan(path: Path, root: Path) -> list[Run]:
         if strange := set(_seeds(path, entry, default=seeds)) - set(seeds):
             raise UserError(f"{path}: run {name} has the seeds {sorted(strange)}, which the study has not")
     everyones = _overrides(path, "the study", study)
+    planned = _read_planned(root / path.stem / PLAN)
     runs = [
         run
         for i, seed in enumerate(seeds)
-        for run in _runs_of_a_seed(path, entries, everyones, root / path.stem / f"seed{seed}", seed)
+        for run in _runs_of_a_seed(path, entries, everyones, planned, root / path.stem / f"seed{seed}", seed)
         if i == 0 or run.command == "fit"  # public weights know no seed
     ]
     for name in dict.fromkeys(run.name for run in runs if run.command == "fit" and "weights" in entries[run.name]):
@@ -130,7 +132,12 @@ def read_plan(path: Path, root: Path) -> list[Run]:
 
 
 def _runs_of_a_seed(
-    path: Path, entries: Mapping[str, Any], everyones: Mapping[str, Any], root: Path, seed: int
+    path: Path,
+    entries: Mapping[str, Any],
+    everyones: Mapping[str, Any],
+    planned: Mapping[str, Mapping[str, Any]],
+    root: Path,
+    seed: int,
 ) -> list[Run]:
     runs: list[Run] = []
     public: dict[str, Mapping[str, Any]] = {}  # weights that exist already, by run
@@ -143,7 +150,7 @@ def _runs_of_a_seed(
         config = path.parent / str(entry["config"])
         if not config.is_file():
             raise UserError(f"{path}: run {name} names the config {config}, which does not exist")
-        overrides = {**everyones, **_overrides(path, name, entry)}
+        overrides = {**everyones, **_overrides(path, name, entry), **planned.get(name, {})}
         named = dict.fromkeys(_REFERENCE.findall(str(list(overrides.values()))))
         if missing := [needed for needed in named if needed not in places]:
             raise UserError(
@@ -165,6 +172,17 @@ def _runs_of_a_seed(
         places[name] = str(weights["path"] if weights else run.folder)
         runs.append(run)
     return runs
+
+
+def _read_planned(path: Path) -> dict[str, Mapping[str, Any]]:
+    """Return the options that a plan gives to each run; none if nothing is planned."""
+    if not path.is_file():
+        return {}
+    try:
+        runs = yaml.safe_load(path.read_text(encoding="utf-8"))["runs"]
+        return {name: dict(entry["options"]) for name, entry in runs.items()}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no plan ({error}): delete it, and give --budget_minutes again") from error
 
 
 def _seeds(path: Path, entry: object, default: list[int]) -> list[int]:
