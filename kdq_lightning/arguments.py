@@ -29,9 +29,14 @@ class OneLineErrors(ArgumentParser):
 
 def check_class_given(settings: Namespace, name: str, later: Collection[str] = ()) -> None:
     """Call `check_given` for a group that names its class in `class_path`."""
-    module, _, kind = settings.class_path.rpartition(".")
     if "init_args" in settings:
-        check_given(getattr(importlib.import_module(module), kind), settings.init_args, name, later)
+        check_given(load_class(settings.class_path), settings.init_args, name, later)
+
+
+def load_class(class_path: str) -> Any:  # noqa: ANN401 - a class of any kind
+    """Return the class that a configuration names."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def check_given(owner: type, settings: object, name: str, later: Collection[str] = ()) -> None:

@@ -181,12 +181,20 @@ class CommandLine(LightningCLI):
         folder = self.resumed.parent.parent
         self._refuse_another_run()
         self.model.weights = None  # Lightning loads the checkpoint after setup; what the run began with may be gone
+        if self._has_ended():  # and was cut off before it could say so
+            (folder / FINISHED).touch()
         if not (folder / FINISHED).exists():
             self.trainer.fit(**kwargs | {"ckpt_path": str(self.resumed)})
         elif self.quantization.enabled and not self.quantization.is_complete(folder, self.model):
             self.trainer.quantize(self.model, self.datamodule, str(self.resumed))  # type: ignore[attr-defined]
         else:
             raise UserError(f"{folder} is finished: nothing is left to train or to quantize")
+
+    def _has_ended(self) -> bool:
+        """Whether the checkpoint that is gone on with is that of the last step."""
+        epochs = self.checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        reached = ((epochs, self.trainer.max_epochs), (self.checkpoint["global_step"], self.trainer.max_steps))
+        return any(limit is not None and 0 < limit <= done for done, limit in reached)
 
     def _refuse_another_run(self) -> None:
         """Compare the checkpoint's plan with this command's."""

@@ -4,6 +4,7 @@ import os
 import re
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from kdq_lightning.errors import UserError
@@ -41,6 +42,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what `write_atomically` left in a folder and below when its process was killed, but nothing fresh."""
-    for path in folder.rglob(".*"):
-        if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > FRESH_SECONDS:
-            path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # another run tidies up its own, too
+        for path in folder.rglob(".*"):
+            if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > FRESH_SECONDS:
+                path.unlink(missing_ok=True)

@@ -58,10 +58,16 @@ class Interruption(Callback):
         """Note that something is saved."""
         self._saved_at = time.monotonic()
 
-    def on_train_batch_end(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
-        """Ask all processes, at steps that all know: the next is as far as the slowest gets in `ASK_SECONDS`."""
+    def on_train_batch_end(
+        self, trainer: LightningTrainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Ask all processes, at steps that all know: the next is as far as the slowest gets in `ASK_SECONDS`.
+
+        Never while gradients are being accumulated, nor after an epoch's last step, whose validation comes first.
+        """
         step = trainer.fit_loop.total_batch_idx
-        if step < self._asks_after:
+        is_between = (batch_idx + 1) % trainer.accumulate_grad_batches
+        if step < self._asks_after or is_between or trainer.is_last_batch:
             return
         now = time.monotonic()
         seconds = (now - self._asked_at) / max(step - self._asked_after, 1)

@@ -72,6 +72,18 @@ def save_all_the_time() -> None:
     interruption.ASK_SECONDS = interruption.SAVE_SECONDS = 0
 
 
+def die_in_validation(at: float) -> None:
+    """Leave in the validation after so many steps."""
+    real = Classifier.on_validation_start
+
+    def start(self: Classifier) -> None:
+        if self.global_step == at:
+            die()
+        real(self)
+
+    Classifier.on_validation_start = start  # type: ignore[method-assign]
+
+
 def note_steps(signum: int = 0, at: float = -1) -> None:
     """Append the number of each training step that begins to `steps.log`; in one of them get a signal."""
     real = Classifier.training_step
@@ -90,8 +102,10 @@ def run(arguments: list[str], fault: str, after: float) -> None:
     """Run one command to its end, or to its fault."""
     signals = {"terminated": signal.SIGTERM, "killed with checkpoints by time": signal.SIGKILL}
     note_steps(signals.get(fault, 0), after if fault in signals else -1)
-    if fault == "killed with checkpoints by time":
+    if fault.endswith("with checkpoints by time"):
         save_all_the_time()
+        if fault.startswith("killed in validation"):
+            die_in_validation(after)
     elif fault == "inside a checkpoint write":
         die_in_checkpoint_write(int(after))
     elif fault == "inside quantization":

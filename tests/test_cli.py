@@ -121,22 +121,43 @@ def test_student_outlives_its_teacher(images: Path, teacher_run: Path, workspace
 
 
 @pytest.mark.parametrize("stop", ["StopAfterFirstEpoch", "StopInTheSecondEpoch"])
-def test_resume_goes_on_in_its_folder(stop: str, images: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
-    """Stopped between epochs or within one, and resumed: the unbroken run's weights to the bit, in the same folder."""
-    small = "--model.init_args.network=resnet8"
-    assert fit("control_cpu", images, small) == 0
-    whole = torch.load("runs/control_cpu/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+@pytest.mark.parametrize("strategy", ["control", "vanilla"])
+def test_resume_goes_on_in_its_folder(
+    strategy: str, stop: str, images: Path, teacher_run: Path, workspace: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Stopped between epochs or within one, and resumed: the unbroken run's weights to the bit, in the same folder.
+
+    The second epoch has larger images, and the teacher's answers are those that the unbroken run has kept.
+    """
+    name, version = f"{strategy}_cpu", Path("runs", f"{strategy}_cpu", "version_0")
+    options = ["--model.init_args.network=resnet8"]
+    if strategy == "vanilla":
+        options += [f"--model.init_args.teacher={teacher_run}", "--model.init_args.teacher_cache=answers"]
+    assert fit(name, images, *options) == 0
+    whole = torch.load(version / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     shutil.rmtree("runs")
-    assert fit("control_cpu", images, small, f"--trainer.callbacks+=tests.test_cli.{stop}") == 1
-    assert not Path("runs/control_cpu/version_0/finished").exists()
-    assert fit("control_cpu", images, small, "--ckpt_path=last") == 0
-    assert [path.name for path in Path("runs/control_cpu").iterdir()] == ["version_0"]
-    resumed = torch.load("runs/control_cpu/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert fit(name, images, *options, f"--trainer.callbacks+=tests.test_cli.{stop}") == 1
+    assert not (version / "finished").exists()
+    assert fit(name, images, *options, "--ckpt_path=last") == 0
+    assert [path.name for path in version.parent.iterdir()] == ["version_0"]
+    resumed = torch.load(version / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    events = EventAccumulator("runs/control_cpu/version_0").Reload()
+    events = EventAccumulator(str(version)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
-    assert fit("control_cpu", images, small, "--ckpt_path=last") == 1
+    assert fit(name, images, *options, "--ckpt_path=last") == 1
     assert "finished" in capsys.readouterr().err
+
+
+def test_resume_after_the_last_step(images: Path, workspace: Path):
+    """Cut off between its last checkpoint and the word that it is finished, a run has quantization left."""
+    small, version = "--model.init_args.network=resnet8", Path("runs/control_cpu/version_0")
+    assert fit("control_cpu", images, small) == 0
+    before = (version / "quantized.csv").read_text().splitlines()
+    for path in (*version.glob("finished"), *version.glob("*.csv"), *version.glob("events*.quantized")):
+        path.unlink()
+    assert fit("control_cpu", images, small, "--ckpt_path=last") == 0
+    assert (version / "finished").exists()
+    assert len((version / "quantized.csv").read_text().splitlines()) == len(before) == 3
 
 
 def test_resume_refuses_another_teacher(images: Path, teacher_run: Path, workspace: Path, capsys):

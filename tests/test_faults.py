@@ -26,7 +26,7 @@ STEPS_AN_EPOCH = 20
 FIT = [
     *("fit", "--config", config("quickstart"), "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
     *("--model=Classifier", "--model.network=resnet8", "--model.learning_rate=0.1", "--data.batch_size=64"),
-    *("--trainer.max_epochs=5", f"--trainer.limit_train_batches={STEPS_AN_EPOCH}"),
+    *("--trainer.max_epochs=5", f"--trainer.limit_train_batches={STEPS_AN_EPOCH}", "--data.image_sizes=[8,12,16]"),
     *("--quantization.bits=[2,3,4]", "--quantization.calibration_images=64"),
 ]
 
@@ -127,10 +127,13 @@ def test_checkpoints_by_time(server: Server):
     for step in (1, 33, 39, 40, 77):
         goes_on = ["--ckpt_path=last"] * (step > 1)
         assert server([*FIT, *goes_on], "killed with checkpoints by time", step) == -signal.SIGKILL
+    for step in (80, 100):
+        fault = "killed in validation with checkpoints by time"
+        assert server([*FIT, "--ckpt_path=last"], fault, step) == -signal.SIGKILL
     assert server([*FIT, "--ckpt_path=last"]) == 0, Path("output.log").read_text()
     steps = [int(line) for line in Path("steps.log").read_text().split()]
     repeated = [before - after + 1 for before, after in pairwise(steps) if after <= before]
-    assert len(repeated) == 5 and max(repeated) <= 1
+    assert len(repeated) == 7 and max(repeated) <= 1
     assert state(newest_version()) == unbroken
 
 

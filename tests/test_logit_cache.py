@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdq_lightning.cli import main
+from kdq_lightning.errors import UserError
+from kdq_lightning.modules import logit_cache
 from kdq_lightning.modules.teacher import Teacher
 from tests.conftest import FEW_STEPS, config
 
@@ -74,8 +76,9 @@ def test_other_views_have_a_folder_of_their_own(
     assert len([*Path("cache").iterdir()]) == 2
 
 
-def test_an_epoch_that_is_cut_short_leaves_nothing(images: Path, teacher_run: Path, workspace: Path, asked: list[int]):
-    """Neither does one that a resumed run sees the rest of; and fewer batches don't serve for all."""
+def test_the_answers_of_fewer_batches_do_not_serve_for_all(
+    images: Path, teacher_run: Path, workspace: Path, asked: list[int]
+):
     fit("vanilla", images, teacher_run, CACHE, "--trainer.limit_train_batches=2")
     (folder,) = Path("cache").iterdir()
     assert {len(load_file(file)["index"]) for file in folder.iterdir()} == {32}
@@ -99,3 +102,31 @@ def test_broken_files_are_refused(
     fit("vanilla", images, teacher_run, CACHE, code=1)
     sentence = capsys.readouterr().err
     assert "is broken" in sentence if damage == "truncated" else "holds other logits" in sentence, sentence
+
+
+def test_a_resumed_epoch_is_not_kept(images: Path, teacher_run: Path, workspace: Path):
+    """Of the second epoch, nobody has seen the beginning and the end."""
+    stop = "--trainer.callbacks+=tests.test_cli.StopInTheSecondEpoch"
+    fit("vanilla", images, teacher_run, CACHE, stop, code=1)
+    fit("vanilla", images, teacher_run, CACHE, "--ckpt_path=last")
+    assert [file.name for file in Path("cache").glob("*/*")] == ["epoch-0.safetensors"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(images: Path, teacher_run: Path, workspace: Path, capsys):
+    Path("cache").write_text("a file")
+    fit("vanilla", images, teacher_run, CACHE, code=1)
+    assert "choose another teacher_cache" in capsys.readouterr().err and not [*Path("runs").glob("*/*")]
+
+
+def test_a_full_disk_costs_the_answers_alone(images: Path, teacher_run: Path, workspace: Path, monkeypatch, capsys):
+    def full(path: Path, content: bytes) -> None:
+        raise UserError(f"{path} could not be written (No space left on device)")
+
+    monkeypatch.setattr(logit_cache, "write_atomically", full)
+    assert fit("vanilla", images, teacher_run, CACHE)
+    assert "the teacher's answers are not kept: cache" in capsys.readouterr().out
+
+
+def test_mixed_images_are_no_views(images: Path, teacher_run: Path, workspace: Path, capsys):
+    fit("mixup", images, teacher_run, CACHE, code=1)
+    assert "mixed images are none: leave it away" in capsys.readouterr().err

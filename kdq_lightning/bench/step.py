@@ -43,7 +43,7 @@ class _Clock(Callback):
     def on_train_batch_start(
         self, trainer: LightningTrainer, module: LightningModule, batch: object, batch_idx: int
     ) -> None:
-        if batch_idx == WARMUP:
+        if trainer.global_step == WARMUP:
             _wait(module.device)
             self.started = time.perf_counter()
 
@@ -57,12 +57,20 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def trainer_seconds(module: Classifier, data: ImageDataModule, steps: int) -> float:
-    """Return the seconds of `steps` Trainer steps, sanity checks and start-up apart."""
+def trainer_seconds(module: Classifier, data: ImageDataModule, steps: int, **options: Any) -> float:
+    """Return the seconds of `steps` Trainer steps, in as many epochs as they take, warm-up apart.
+
+    Args:
+        module: To train.
+        data: Its images.
+        steps: That are counted.
+        **options: Of the Trainer.
+    """
     clock = _Clock()
+    every = WARMUP + steps
     trainer = Trainer(
-        max_epochs=1, limit_train_batches=WARMUP + steps, limit_val_batches=0, logger=False, devices=1,
-        enable_progress_bar=False, enable_checkpointing=False, callbacks=[clock],
+        max_epochs=every, max_steps=every, limit_train_batches=every, limit_val_batches=0, logger=False, devices=1,
+        enable_progress_bar=False, enable_checkpointing=False, callbacks=[clock], **options,
     )  # fmt: skip
     module.print = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.fit(module, data)

@@ -224,7 +224,11 @@ class Classifier(LightningModule):
     def on_fit_start(self) -> None:
         """Start the record of the loss on the device, where looking at it costs nothing."""
         self._bad_step = torch.tensor(-1, device=self.device)
-        self.on_train_epoch_start()  # Lightning leaves it out when it resumes in the middle of an epoch
+        self._started = time.perf_counter()
+
+    def on_train_start(self) -> None:
+        """Start the epoch, which is known from here on: Lightning leaves that out when it resumes within one."""
+        self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
         """Start the epoch's sums and its clock, and look up the size of its images."""

@@ -35,8 +35,9 @@ class Distillation(Classifier):
             teacher_network: The teacher's network, which a plain state dict doesn't say.
             teacher_mean: Channel means of the inputs that a plain state dict was trained on.
             teacher_std: Their channel deviations.
-            teacher_cache: Folder for the teacher's logits on all training views, 4 bytes a class, image and epoch. Runs
-                that see the same views (vanilla, dkd, hint of one seed) find them there, and ask the teacher no more.
+            teacher_cache: Folder for the teacher's logits on all training views, 2 or 4 bytes a class, image and epoch.
+                Runs that see the same views (vanilla, dkd, hint, recover of one seed) find them there, and ask the
+                teacher for one batch an epoch, to compare.
             **kwargs: Those of `Classifier`.
         """
         super().__init__(**kwargs)
@@ -79,6 +80,7 @@ class Distillation(Classifier):
         if self.teacher is not None and self.teacher_cache is not None:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             key = {"teacher": self.teacher.digest, "statistics": [self.teacher.mean, self.teacher.std]}
+            key["precision"] = str(self.trainer.precision)
             self._cache = LogitCache(self.teacher_cache, key | data.view_key())
         super().on_fit_start()
 
@@ -99,7 +101,10 @@ class Distillation(Classifier):
         gathered = [torch.as_tensor(self.all_gather(column)) for column in asked]
         index, logits = gathered[0].flatten(), gathered[1].reshape(-1, self.num_classes)
         if self.trainer.is_global_zero and len(index) == self._images_of_an_epoch:
-            self._cache.write(self.current_epoch, index, logits)
+            try:
+                self._cache.write(self.current_epoch, index, logits)
+            except UserError as error:  # a full disk: the run can do without
+                self.print(f"the teacher's answers are not kept: {error}", flush=True)
 
     @property
     def _images_of_an_epoch(self) -> int:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq_lightning.data.images import Batch
-from kdq_lightning.errors import check_range
+from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import hint_loss
 from kdq_lightning.modules.classifier import Losses, Strategy
 from kdq_lightning.modules.schedule import Cycle, one_cycle
@@ -42,8 +42,12 @@ class HintKD(VanillaKD):
         super().setup(stage)
         if self.teacher is not None and self.regressor is None:
             probe = torch.zeros(1, 3, 32, 32)
-            channels = [_width(network, probe) for network in (self.network, self.teacher.network)]
-            self.regressor = nn.Conv2d(channels[0], channels[1], kernel_size=1)
+            (width, *side), (wanted, *whole) = (_shape(each, probe) for each in (self.network, self.teacher.network))
+            if side != whole:
+                raise UserError(
+                    f"hints need features of one size, not {side} of the student and {whole} of the teacher"
+                )
+            self.regressor = nn.Conv2d(width, wanted, kernel_size=1)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for r, so that the checkpoint loads without the teacher's file."""
@@ -93,9 +97,9 @@ class HintKD(VanillaKD):
 
 
 @torch.no_grad()
-def _width(network: nn.Module, images: Tensor) -> int:
-    """Return the channels after the second stage, leaving BatchNorm's statistics alone."""
+def _shape(network: nn.Module, images: Tensor) -> tuple[int, ...]:
+    """Return the channels and the sides after the second stage, leaving BatchNorm's statistics alone."""
     training = network.training
-    width = stage2_features(network.eval(), images).shape[1]
+    shape = tuple(stage2_features(network.eval(), images).shape[1:])
     network.train(training)
-    return width
+    return shape

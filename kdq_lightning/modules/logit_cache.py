@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.files import write_atomically
+from kdq_lightning.files import remove_leftovers, write_atomically
 
 TOLERANCE = 0.05  # of the logits' spread: devices and numbers of threads differ in the last digits
 
@@ -23,14 +23,22 @@ class LogitCache:
     """
 
     def __init__(self, folder: str | Path, key: Mapping[str, object]) -> None:
-        """Name the folder.
+        """Make the folder.
 
         Args:
             folder: Folder of all caches.
             key: What the logits depend on beside the epoch: teacher, data, seed, augmentation.
+
+        Raises:
+            UserError: If it can't be made.
         """
         digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
         self.folder = Path(folder) / digest
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder} can't be made ({error.strerror}): choose another teacher_cache") from error
+        remove_leftovers(self.folder)
         self.asked: list[tuple[Tensor, Tensor]] = []  # image indices and logits of each batch that the teacher got
         self._row = self._logits = torch.empty(0)
         self._known = self._checked = False

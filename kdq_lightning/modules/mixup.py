@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kdq_lightning.errors import check_range
+from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import cross_entropy, kd_loss, mixup, partner
 from kdq_lightning.modules.classifier import Losses, Strategy
 from kdq_lightning.modules.distillation import Distillation
@@ -34,8 +34,13 @@ class MixupKD(Distillation):
             mixup_alpha: α > 0 of the Beta distribution that λ is drawn from.
             strategy: What records call this run.
             **kwargs: Those of `Distillation`.
+
+        Raises:
+            UserError: If a number is out of range, or the teacher's answers are to be kept.
         """
         super().__init__(strategy=strategy, **kwargs)
+        if self.teacher_cache is not None:
+            raise UserError("teacher_cache keeps answers to views, and mixed images are none: leave it away")
         check_range("label_weight", label_weight, low=0, high=1, including_low=True)
         check_range("temperature", temperature, low=0)
         check_range("mixup_alpha", mixup_alpha, low=0, high=1e6)

@@ -104,11 +104,12 @@ class Recover(Distillation):
         kd = kd_loss(logits, self.view_logits(images), self.temperature)
         return Losses(kd, {"kd": kd}, logits)
 
-    @torch.no_grad()
-    def on_train_batch_end(self, *_: Any) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Write the weights into the network, which validation, checkpoints and everyone else read."""
-        for name, weight in self.quantized_weights().items():
-            self.network.get_parameter(name).copy_(weight)
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            for name, weight in self.quantized_weights().items():
+                self.network.get_parameter(name).copy_(weight)
 
     def carried_weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, QuantizedWeight]:
         """Return codes and trained scales by layer.

@@ -13,7 +13,6 @@ runs:
 ```
 """
 
-import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +23,13 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from kdq_lightning.arguments import load_class
 from kdq_lightning.bench.measure import hardware
 from kdq_lightning.bench.step import trainer_seconds
+from kdq_lightning.checkpoints import load_trained
 from kdq_lightning.cli import read_settings
 from kdq_lightning.data.base import ImageDataModule
-from kdq_lightning.errors import UserError
+from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.files import write_atomically
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.modules.distillation import Distillation
@@ -41,7 +42,7 @@ from kdq_lightning.quantization import quantize
 from kdq_lightning.study.plan import Run
 
 STEPS = 3  # of one measurement, after two that warm up
-IMAGES = 128  # that evaluation and quantization are measured on
+IMAGES = 128  # that evaluation is measured on
 CPU_BATCH = 128  # more doesn't fit a processor's cache
 CPU_SIZES = (0.5, 0.75, 1.0)  # of an image's side, for a third of the epochs each
 USED = 0.95  # of the budget: starting processes and reading images isn't measured
@@ -59,25 +60,36 @@ class Cost(NamedTuple):
 
 @dataclass
 class PlannedRun:
-    """What a run costs, in all its seeds, and what the plan changes of its config."""
+    """What a run costs, and what the plan changes of its config."""
 
+    run: Run
     cost: Cost
     options: dict[str, Any]
-    wanted: int  # epochs, by its config
-    seeds: int = 1
+    wanted: int  # epochs, by its config; 0 of one that isn't trained
+    sizes: int  # of images
 
     def epochs(self, share: float) -> int:
         """Return the epochs at a share of those wanted; every image size has one at least."""
-        return min(max(int(share * self.wanted), len(self.options.get(SIZES, [0]))), self.wanted)
+        return min(max(int(share * self.wanted), self.sizes), self.wanted)
 
     def minutes(self, share: float) -> float:
-        """Return the minutes of one seed."""
+        """Return what it takes."""
         return (self.epochs(share) * self.cost.epoch + self.cost.after) / 60
 
     def entry(self, share: float) -> dict[str, Any]:
         """Return what the plan's file says."""
         options = {"trainer.max_epochs": self.epochs(share), **self.options} if self.wanted else {}
         return {"options": options, "minutes": round(self.minutes(share), 1)}
+
+
+def total_minutes(planned: Sequence[PlannedRun], share: float, at_once: int) -> float:
+    """Return what the runs take, so many at once: their sum, or the longest chain of runs that need each other."""
+    ends: dict[tuple[str, int], float] = {}
+    for plan in planned:  # each after those that it needs
+        run = plan.run
+        start = max((ends.get((name, run.seed), 0.0) for name in run.needs), default=0.0)
+        ends[run.name, run.seed] = start + plan.minutes(share)
+    return max(sum(plan.minutes(share) for plan in planned) / at_once, *ends.values())
 
 
 def make_plan(runs: Sequence[Run], minutes: float, devices: int, path: Path) -> None:
@@ -89,67 +101,61 @@ def make_plan(runs: Sequence[Run], minutes: float, devices: int, path: Path) -> 
     Args:
         runs: All runs of the study.
         minutes: The budget.
-        devices: Runs at once.
+        devices: Runs at once; on a CPU, which they share, that makes none shorter.
         path: File of the plan.
 
     Raises:
-        UserError: If not even an epoch at every image size fits.
+        UserError: If not even an epoch at every image size fits, or a run can't be measured.
     """
-    meter = Meter(runs, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    planned: dict[str, PlannedRun] = {}
+    check_range("--budget_minutes", minutes, low=0)
+    meter = Meter(runs, at_once=devices)
+    planned = []
     for run in runs:
-        if run.name in planned:
-            planned[run.name].seeds += 1
-            continue
-        options = meter.options(run)
-        cost = meter.cost(run, options)
-        wanted = meter.config(run)["trainer"]["max_epochs"] if run.command == "fit" else 0
-        planned[run.name] = PlannedRun(cost, options, wanted)
-        print(f"measured {run.name}: {cost.epoch:.1f} s an epoch, {cost.after:.0f} s after training", flush=True)
-
-    def total(share: float) -> float:
-        return sum(plan.seeds * plan.minutes(share) for plan in planned.values()) / devices
-
-    fitting = (i / SHARES for i in range(SHARES, -1, -1) if total(i / SHARES) <= USED * minutes)
-    share = next(fitting, None)
+        planned.append(meter.plan(run))
+        cost = planned[-1].cost
+        print(f"measured {run.label}: {cost.epoch:.1f} s an epoch, {cost.after:.0f} s after training", flush=True)
+    at_once = min(devices, max(torch.cuda.device_count(), 1))
+    shares = (i / SHARES for i in range(SHARES, -1, -1))
+    share = next((share for share in shares if total_minutes(planned, share, at_once) <= USED * minutes), None)
     if share is None:
         raise UserError(
             f"{minutes:g} minutes are too few: quantization and an epoch at every image size take about"
-            f" {total(0) / USED:.0f}; give more, or leave runs or seeds away"
+            f" {total_minutes(planned, 0, at_once) / USED:.0f}; give more, or leave runs or seeds away"
         )
+    projected = total_minutes(planned, share, at_once)
     content = {
         "budget_minutes": float(minutes),
-        "projected_minutes": round(total(share), 1),
+        "projected_minutes": round(projected, 1),
         "hardware": hardware(),
-        "runs": {name: plan.entry(share) for name, plan in planned.items()},
+        "runs": {plan.run.name: plan.entry(share) for plan in reversed(planned)},  # minutes of the first seed
     }
     write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
-    for name, plan in planned.items():
-        print(f"{name}: {plan.epochs(share)} epochs, {plan.minutes(share):.1f} minutes a seed")
-    print(f"projected: {total(share):.1f} of {minutes:g} minutes; the plan is {path}", flush=True)
+    for plan in planned:
+        print(f"{plan.run.label}: {plan.epochs(share)} epochs, {plan.minutes(share):.1f} minutes")
+    print(f"projected: {projected:.1f} of {minutes:g} minutes; the plan is {path}", flush=True)
 
 
 class Meter:
     """Measures runs; what has the same networks and strategy is measured once."""
 
-    def __init__(self, runs: Sequence[Run], device: torch.device) -> None:
-        """Take all runs of the study, among which teachers are looked up."""
-        self.runs, self.device = runs, device
-        self._configs: dict[Run, dict[str, Any]] = {}
+    def __init__(self, runs: Sequence[Run], at_once: int = 1) -> None:
+        """Take all runs of the study, among which teachers are looked up, and how many of them run at once."""
+        self.runs, self.at_once = runs, at_once
+        self._configs = {run: read_settings(run.arguments).config for run in runs}
+        on_cpu = any(config["trainer"]["accelerator"] == "cpu" for config in self._configs.values())
+        self.device = torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
         self._data: dict[str, ImageDataModule] = {}
         self._seconds: dict[tuple[object, ...], float] = {}
 
     def config(self, run: Run) -> dict[str, Any]:
         """Return a run's options."""
-        if run not in self._configs:
-            self._configs[run] = read_settings(run.arguments).config
         return self._configs[run]
 
     def data(self, run: Run) -> ImageDataModule:
         """Return a run's images; all runs of the same data share them."""
         section = self.config(run)["data"]
         if (key := str(section)) not in self._data:
-            self._data[key] = _load(section["class_path"])(**section["init_args"])
+            self._data[key] = load_class(section["class_path"])(**section["init_args"])
             self._data[key].setup()
         return self._data[key]
 
@@ -159,15 +165,28 @@ class Meter:
             return {}
         data, model = self.data(run), self.config(run)["model"]
         options: dict[str, Any] = {}
-        if data.batch_size > CPU_BATCH:
+        batch_size = min(data.batch_size, len(data.train_index))
+        if batch_size > CPU_BATCH:
             options[BATCH_SIZE] = CPU_BATCH
-            options[RATE] = model["init_args"]["learning_rate"] * CPU_BATCH / data.batch_size
-        if not data.image_sizes and not issubclass(_load(model["class_path"]), Recover):
+            options[RATE] = model["init_args"]["learning_rate"] * CPU_BATCH / batch_size
+        if not data.image_sizes and not issubclass(load_class(model["class_path"]), Recover):
             options[SIZES] = [round(share * data.image_size) for share in CPU_SIZES]
         return options
 
-    def cost(self, run: Run, options: Mapping[str, Any]) -> Cost:
-        """Measure a run with the plan's options in place of its own."""
+    def plan(self, run: Run) -> PlannedRun:
+        """Measure a run.
+
+        Raises:
+            UserError: If it isn't trained by epochs, or its teacher isn't known.
+        """
+        options, data = self.options(run), self.data(run)
+        sizes = options.get(SIZES) or data.image_sizes or [data.image_size]
+        epochs = self.config(run)["trainer"]["max_epochs"] if run.command == "fit" else 0
+        if epochs is None or epochs < 0:
+            raise UserError(f"{run.name} has no number of epochs that a budget could cut: give trainer.max_epochs")
+        return PlannedRun(run, self._cost(run, sizes, options), options, epochs, len(sizes))
+
+    def _cost(self, run: Run, sizes: Sequence[int], options: Mapping[str, Any]) -> Cost:
         data, config = self.data(run), self.config(run)
         model, quantization = config["model"]["init_args"], config["quantization"]
         networks = model.get("networks") or [model["network"]]
@@ -177,19 +196,21 @@ class Meter:
             widths = len(quantization["bits"])
             evaluated = len(data.val_index) + quantization["test"] * len(data.test_set)
             after = (widths + 1) * evaluated * forward
-            after += widths * sum(self.quantization_seconds(name, data) for name in networks)
+            images = quantization["calibration_images"]
+            after += widths * sum(self.quantization_seconds(name, data, images) for name in networks)
         if run.command != "fit":
             return Cost(0.0, after)
         batch_size = options.get(BATCH_SIZE, data.batch_size)
-        sizes = options.get(SIZES) or data.image_sizes or [data.image_size]
         step = sum(self.step_seconds(run, size, batch_size) for size in sizes) / len(sizes)
         steps = max(len(data.train_index) // batch_size, 1)
+        limit = config["trainer"]["limit_train_batches"]
+        steps = min(steps, limit) if isinstance(limit, int) else int(steps * (1.0 if limit is None else limit))
         return Cost(steps * step + len(data.val_index) * forward, after)
 
     def step_seconds(self, run: Run, size: int, batch_size: int) -> float:
         """Return the seconds of a Trainer step on images of a size, with an untrained teacher."""
         model, data = self.config(run)["model"], self.data(run)
-        kind: type[Classifier] = _load(model["class_path"])
+        kind: type[Classifier] = load_class(model["class_path"])
         if issubclass(kind, HintKD | Recover):
             kind = VanillaKD  # which costs as much or more
         teacher = self._teacher_network(run) if issubclass(kind, Distillation) else None
@@ -197,6 +218,8 @@ class Meter:
             kind, teacher = Classifier, None
         given: dict[str, Any] = {key: model["init_args"].get(key) for key in ("network", "networks")}
         given = {key: value for key, value in given.items() if value} | ({"teacher": "in memory"} if teacher else {})
+
+        precision = self.config(run)["trainer"]["precision"]
 
         def measure() -> float:
             module = kind(num_classes=data.num_classes, **given)
@@ -206,11 +229,11 @@ class Meter:
             own = data.batch_size, data.image_sizes
             data.batch_size, data.image_sizes = batch_size, [size]
             try:
-                return trainer_seconds(module, data, STEPS) / STEPS
+                return trainer_seconds(module, data, STEPS, precision=precision, accelerator=self.device.type) / STEPS
             finally:
                 data.batch_size, data.image_sizes = own
 
-        return self._once((kind, str(given), teacher, size, batch_size, id(data)), measure)
+        return self._once((kind, str(given), teacher, size, batch_size, precision, id(data)), measure)
 
     def _teacher_network(self, run: Run) -> str:
         """Return the teacher's network, from the weights' description or from the run that trains it."""
@@ -219,21 +242,23 @@ class Meter:
             return str(model["teacher_network"])
         for other in self.runs:
             if str(other.folder) == model["teacher"]:
-                return str(self.config(other)["model"]["init_args"]["network"])
-        raise UserError(f"{run.name}: {model['teacher']} is no run of this study, so its network is not known")
+                taught_by = self.config(other)["model"]["init_args"]
+                return str(taught_by.get("network") or taught_by["networks"][0])
+        return next(iter(load_trained(model["teacher"], option="teacher").values())).network
 
     def _finds_answers(self, run: Run) -> bool:
-        """Whether a run before it keeps the teacher's answers for it."""
+        """Whether a run before it, not beside it, keeps the teacher's answers for it."""
 
         def asked(other: Run) -> tuple[object, ...]:
             model = self.config(other)["model"]["init_args"]
-            return model.get("teacher_cache"), model.get("teacher"), other.seed
+            return model.get("teacher_cache"), model.get("teacher"), other.seed, str(self.config(other)["data"])
 
-        return asked(run)[0] is not None and asked(run) in map(asked, self.runs[: self.runs.index(run)])
+        before = map(asked, self.runs[: self.runs.index(run)])
+        return self.at_once == 1 and asked(run)[0] is not None and asked(run) in before
 
     def forward_seconds(self, name: str, data: ImageDataModule) -> float:
         """Return the seconds of a network's answer to an image, in evaluation."""
-        network, images = self._network_and_images(name, data)
+        network, images = self._network_and_images(name, data, IMAGES)
 
         @torch.no_grad()
         def measure() -> float:
@@ -246,27 +271,22 @@ class Meter:
 
         return self._once(("forward", name, id(data)), measure)
 
-    def quantization_seconds(self, name: str, data: ImageDataModule) -> float:
-        """Return the seconds of quantizing a network at one bit width."""
-        network, images = self._network_and_images(name, data)
+    def quantization_seconds(self, name: str, data: ImageDataModule, count: int) -> float:
+        """Return the seconds of quantizing a network at one bit width on so many images."""
+        network, images = self._network_and_images(name, data, count)
 
         def measure() -> float:
             start = time.perf_counter()
             quantize(network, [images], (4,))
             return time.perf_counter() - start
 
-        return self._once(("quantize", name, id(data)), measure)
+        return self._once(("quantize", name, count, id(data)), measure)
 
-    def _network_and_images(self, name: str, data: ImageDataModule) -> tuple[nn.Module, Tensor]:
+    def _network_and_images(self, name: str, data: ImageDataModule, count: int) -> tuple[nn.Module, Tensor]:
         network = build_network(name, data.num_classes).eval().to(self.device).to(memory_format=torch.channels_last)
-        return network, data.normalize(data.train_set.images[:IMAGES]).to(self.device)
+        return network, data.normalize(data.train_set.images[:count]).to(self.device)
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], float]) -> float:
         if key not in self._seconds:
             self._seconds[key] = measure()
         return self._seconds[key]
-
-
-def _load(class_path: str) -> Any:  # noqa: ANN401 - a class
-    module, _, name = class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)

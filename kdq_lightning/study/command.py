@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.report.command import write_report
@@ -31,9 +31,13 @@ def main(args: list[str]) -> int:
         raise UserError(f"--devices must be at least 1, got {options.devices}")
     if options.results is not None and not options.results.is_dir():
         raise UserError(f"--results {options.results} is no folder: give one that holds run folders")
+    plan = ROOT / options.config.stem / PLAN
     runs = read_plan(options.config, ROOT)
-    if options.budget_minutes is not None:
-        runs = plan_runs(runs, options)
+    if plan.is_file():
+        print(f"epochs as planned in {plan}; delete it to plan anew", file=sys.stderr)
+    elif options.budget_minutes is not None:
+        make_plan(runs, options.budget_minutes, options.devices, plan)
+        runs = read_plan(options.config, ROOT)
     places = [place for place in (ROOT, options.results) if place is not None and place.is_dir()]
     done = find_done(runs, places)
     left = still_to_run(runs, done)
@@ -53,18 +57,6 @@ def main(args: list[str]) -> int:
     if missing:
         print(f"{len(missing)} of {len(runs)} runs are not done; the same command goes on with them")
     return int(bool(missing))
-
-
-def plan_runs(runs: list[Run], options: Namespace) -> list[Run]:
-    """Plan the runs to fit into the budget, unless that is done already, and return them as planned."""
-    path = ROOT / options.config.stem / PLAN
-    if path.is_file():
-        print(f"{path} is kept; delete it to plan anew", file=sys.stderr)
-        return runs
-    if not options.budget_minutes > 0:
-        raise UserError(f"--budget_minutes must be above 0, got {options.budget_minutes:g}")
-    make_plan(runs, options.budget_minutes, options.devices, path)
-    return read_plan(options.config, ROOT)
 
 
 def still_to_run(runs: Sequence[Run], done: dict[Run, list[Path]]) -> list[Run]:

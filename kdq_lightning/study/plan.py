@@ -112,14 +112,19 @@ def read_plan(path: Path, root: Path) -> list[Run]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML ({error})") from error
     study = _checked(path, "the study", content, required={"runs"}, optional={"seeds", "overrides"})
-    seeds, entries = _seeds(path, study, default=[0]), study["runs"]
+    seeds, entries = _seeds(path, "the study", study, default=[0]), study["runs"]
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{path}: runs must be names with a config each")
     for name, entry in entries.items():
-        if strange := set(_seeds(path, entry, default=seeds)) - set(seeds):
+        if strange := set(_seeds(path, name, entry, default=seeds)) - set(seeds):
             raise UserError(f"{path}: run {name} has the seeds {sorted(strange)}, which the study has not")
     everyones = _overrides(path, "the study", study)
     planned = _read_planned(root / path.stem / PLAN)
+    if planned and (unplanned := entries.keys() - planned.keys()):
+        raise UserError(
+            f"{root / path.stem / PLAN} knows nothing of {', '.join(sorted(unplanned))}: delete it, and give"
+            " --budget_minutes again"
+        )
     runs = [
         run
         for i, seed in enumerate(seeds)
@@ -145,7 +150,7 @@ def _runs_of_a_seed(
     for name, content in entries.items():
         entry = _checked(path, name, content, required={"config"}, optional={"overrides", "seeds", "weights"})
         weights = _public_weights(path, name, entry)
-        if seed not in _seeds(path, entry, default=[seed]) and not weights:
+        if seed not in _seeds(path, name, entry, default=[seed]) and not weights:
             continue
         config = path.parent / str(entry["config"])
         if not config.is_file():
@@ -185,10 +190,10 @@ def _read_planned(path: Path) -> dict[str, Mapping[str, Any]]:
         raise UserError(f"{path} is no plan ({error}): delete it, and give --budget_minutes again") from error
 
 
-def _seeds(path: Path, entry: object, default: list[int]) -> list[int]:
+def _seeds(path: Path, what: str, entry: object, default: list[int]) -> list[int]:
     seeds = entry.get("seeds", default) if isinstance(entry, dict) else default
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise UserError(f"{path}: seeds must be a list of whole numbers, got {seeds}")
+        raise UserError(f"{path}: seeds of {what} must be a list of whole numbers, got {seeds}")
     return list(dict.fromkeys(seeds))
 
 
