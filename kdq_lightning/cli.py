@@ -32,7 +32,7 @@ from kdq_lightning.modules.mixup import MixupKD
 from kdq_lightning.modules.recover import Recover
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.post_training import PostTrainingQuantization
-from kdq_lightning.results import config_hash, read_records
+from kdq_lightning.results import config_hash, read_records, version_hash
 from kdq_lightning.trainer import Trainer
 
 STRATEGIES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning, Recover)
@@ -144,8 +144,10 @@ class CommandLine(LightningCLI):
         config = self.config[self.config.subcommand]
         if self.config.subcommand == "fit":
             return config_hash(config.as_dict())
-        weights = Path(config.model.init_args.weights).read_bytes()
-        return config_hash(config.as_dict(), weights=hashlib.blake2b(weights, digest_size=16).hexdigest())
+        path = Path(config.model.init_args.weights)
+        trained = version_hash(path.parent.parent) if path.parent.name == "checkpoints" else None
+        weights = trained or hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        return config_hash(config.as_dict(), weights=weights)
 
     def _dashboard(self) -> Dashboard:
         """Return the logger of a new version, or of the one that is gone on with."""
@@ -162,6 +164,8 @@ class CommandLine(LightningCLI):
         newest = next(reversed(versions(self.root / name)), None)
         if newest is None or (newest / FINISHED).exists():
             return Dashboard(self.root, name)
+        if Path(self.config.quantize.model.init_args.weights).stat().st_mtime > newest.stat().st_mtime:
+            return Dashboard(self.root, name)  # trained again since
         if any(record.config_hash != self.quantization.config_hash for record in read_records(newest)):
             return Dashboard(self.root, name)
         return Dashboard(self.root, name, int(newest.name.removeprefix("version_")))

@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor
 
 from kdq_lightning.errors import UserError
@@ -277,7 +278,8 @@ def config_hash(config: Mapping[str, Any], weights: str | None = None) -> str:
         config: What `config.yaml` of a run holds: the sections model, data, trainer and quantization count. Options
             that are None don't, so that a release which adds one still finds its records. Paths of networks below
             `trainer.default_root_dir` count from there.
-        weights: What identifies the trained weights instead of their path, for `kdq quantize`.
+        weights: What stands for the trained weights instead of their path, for `kdq quantize`: the hash of the run that
+            trained them, or a digest of their file.
     """
     root = Path(config["trainer"].get("default_root_dir") or ".").absolute()
     what = {section: _with_effect(section, config.get(section) or {}) for section in WITHOUT_EFFECT}
@@ -288,6 +290,14 @@ def config_hash(config: Mapping[str, Any], weights: str | None = None) -> str:
     if weights is not None:
         arguments["weights"] = weights
     return hashlib.blake2b(json.dumps(what, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+
+
+def version_hash(version: Path) -> str | None:
+    """Return the hash of the settings that a version's folder was started with, None if it doesn't say."""
+    try:
+        return config_hash(yaml.safe_load((version / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _with_effect(section: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -500,3 +500,18 @@ def test_teacher(images: Path, teacher_run: Path, workspace: Path):
     assert main(["quantize", *arguments, "--ckpt_path=runs/vanilla_cpu"]) == 0
     alone = read_records(Path("runs/vanilla_cpu-quantized/version_0"))[-1]
     assert alone.agreement_teacher is None and alone.test_top1 == record.test_top1
+
+
+def test_weights_that_are_trained_again_are_quantized_again(run: Path, widths: list[list[int]]):
+    """What a killed `kdq quantize` has of other weights isn't gone on with, though they are of the same settings."""
+    arguments = ["quantize", *QUICK, "--ckpt_path=runs/quickstart"]
+    assert main(arguments) == 0
+    first = Path("runs/quickstart-quantized/version_0")
+    (first / "finished").unlink()
+    assert main(arguments) == 0  # goes on there
+    (first / "finished").unlink()
+    later = first.stat().st_mtime + 60
+    os.utime(run / "checkpoints" / "best.ckpt", (later, later))
+    assert main(arguments) == 0
+    assert sorted(path.name for path in first.parent.iterdir()) == ["version_0", "version_1"]
+    assert widths[0] == widths[-1] == list(BITS)

@@ -18,6 +18,7 @@ from kdq_lightning.data.datamodules import DigitsDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.networks import build_network
+from kdq_lightning.results import find_records
 from kdq_lightning.study import budget, execution
 from kdq_lightning.study.command import still_to_run
 from kdq_lightning.study.plan import Run, read_plan
@@ -143,14 +144,16 @@ def test_shipped_plans(path: Path, workspace: Path):
     assert set(names[:7]) == {"teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml"}
     assert len({run.seed for run in runs}) >= 2
     for run in runs:
-        assert ("teacher" in run.needs) == (run.name not in ("teacher", "control", "dml"))
+        alone = ("teacher", "control", "control_paper", "dml", "dml_paper")
+        assert ("teacher" in run.needs) == (run.name not in alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
 def test_shipped_plans_are_understood(path: Path, workspace: Path):
     runs = read_plan(path, Path("runs"))
-    hashes = [read_settings(run.arguments).config_hash for run in runs if run.seed == runs[0].seed]
+    trained = [run for run in runs if run.seed == runs[0].seed and run.command == "fit"]
+    hashes = [read_settings(run.arguments).config_hash for run in trained]
     assert len(set(hashes)) == len(hashes)
 
 
@@ -315,6 +318,36 @@ def test_two_processes_see_their_gpus(workspace: Path, monkeypatch: pytest.Monke
 def test_plan_needs_a_readable_file(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be read"):
         read_plan(tmp_path / "none.yaml", Path("runs"))
+
+
+def test_a_run_is_quantized_in_another_way(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Once it is trained, in a row of its own that all seeds share; a budget knows what it costs."""
+    again = {
+        "config": "control_cpu.yaml",
+        "quantizes": "control",
+        "overrides": {"model.init_args.network": "resnet8", "quantization.codebook": "paper"},
+    }
+    control = {"config": "control_cpu.yaml", "overrides": {"model.init_args.network": "resnet8"}}
+    path = write_plan(TINY | {"seeds": [3, 4], "runs": {"control": control, "control_paper": again}})
+    assert main(["study", str(path), "--budget_minutes=1000", "--dry_run"]) == 0
+    assert "kdq quantize --config control_cpu.yaml --name control_paper --seed_everything 4" in capsys.readouterr().out
+    assert main(["study", str(path)]) == 0
+    records = {
+        (record.run, record.seed, record.bits): record
+        for found in find_records(Path("runs")).values()
+        for record in found
+    }
+    assert len(records) == 8
+    for seed in (3, 4):
+        plain, paper = records["control", seed, 2], records["control_paper-quantized", seed, 2]
+        assert (paper.codebook, paper.levels) == ("paper", 5) and plain.levels == 4
+        assert paper.strategy == "control" and paper.config_hash == records["control_paper-quantized", 3, 2].config_hash
+        assert records["control_paper-quantized", seed, 32].test_top1 == records["control", seed, 32].test_top1
+    report = Path("runs/tiny/report/report.md").read_text()
+    assert "Control (resnet8) control_paper-quantized, partial |" in report and "Seeds: 3, 4" in report
+    capsys.readouterr()
+    assert main(["study", str(path), "--dry_run"]) == 0
+    assert capsys.readouterr().out.strip() == ""
 
 
 BUDGET = {

@@ -141,7 +141,9 @@ class Meter:
     def __init__(self, runs: Sequence[Run], at_once: int = 1) -> None:
         """Take all runs of the study, among which teachers are looked up, and how many of them run at once."""
         self.runs, self.at_once = runs, at_once
-        self._configs = {run: read_settings(run.arguments).config for run in runs}
+        # Read as those of trainings, which need no weights yet.
+        options = {run: [option for option in run.options if not option.startswith("--ckpt_path=")] for run in runs}
+        self._configs = {run: read_settings(["fit", *options[run]]).config for run in runs}
         on_cpu = any(config["trainer"]["accelerator"] == "cpu" for config in self._configs.values())
         self.device = torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
         self._data: dict[str, ImageDataModule] = {}

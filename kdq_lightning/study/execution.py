@@ -7,14 +7,12 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 from typing import TextIO
 
 import torch
-import yaml
 
 from kdq_lightning.cli import main, read_settings
-from kdq_lightning.results import config_hash
+from kdq_lightning.results import version_hash
 from kdq_lightning.study.plan import Run
 from kdq_lightning.study.progress import Progress
 
@@ -37,16 +35,8 @@ def execute(runs: Sequence[Run], devices: int, progress: Progress) -> list[Run]:
 
 def arguments_of(run: Run) -> list[str]:
     """Return a run's command line; one that was cut off goes on, unless its settings were others."""
-    goes_on = run.unfinished is not None and _hash_of(run.unfinished) == read_settings(run.arguments).config_hash
+    goes_on = run.unfinished is not None and version_hash(run.unfinished) == read_settings(run.arguments).config_hash
     return [*run.arguments, *QUIET, *(["--ckpt_path", "last"] if goes_on else [])]
-
-
-def _hash_of(version: Path) -> str | None:
-    """Return the hash of the settings that a version was started with, None if it doesn't say."""
-    try:
-        return config_hash(yaml.safe_load((version / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None
 
 
 def run_here(runs: Sequence[Run], progress: Progress) -> list[Run]:

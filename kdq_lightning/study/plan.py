@@ -10,6 +10,10 @@ runs:                                 # in this order; the folder of an earlier 
     config: vanilla_cpu.yaml          # beside the study's file
     seeds: [0]                        # some of the study's; all if not given
     overrides: {model.init_args.teacher: "{teacher}"}
+  vanilla_paper:                        # the same network, quantized in another way
+    config: vanilla_cpu.yaml
+    quantizes: vanilla
+    overrides: {quantization.codebook: paper}
 ```
 """
 
@@ -129,7 +133,7 @@ def read_plan(path: Path, root: Path) -> list[Run]:
         run
         for i, seed in enumerate(seeds)
         for run in _runs_of_a_seed(path, entries, everyones, planned, root / path.stem / f"seed{seed}", seed)
-        if i == 0 or run.command == "fit"  # public weights know no seed
+        if i == 0 or run.command == "fit" or run.needs  # public weights know no seed
     ]
     for name in dict.fromkeys(run.name for run in runs if run.command == "fit" and "weights" in entries[run.name]):
         print(f"{entries[name]['weights']['path']} is not there: {name} is trained instead", file=sys.stderr)
@@ -148,7 +152,9 @@ def _runs_of_a_seed(
     public: dict[str, Mapping[str, Any]] = {}  # weights that exist already, by run
     places: dict[str, str] = {}
     for name, content in entries.items():
-        entry = _checked(path, name, content, required={"config"}, optional={"overrides", "seeds", "weights"})
+        entry = _checked(
+            path, name, content, required={"config"}, optional={"overrides", "quantizes", "seeds", "weights"}
+        )
         weights = _public_weights(path, name, entry)
         if seed not in _seeds(path, name, entry, default=[seed]) and not weights:
             continue
@@ -157,6 +163,8 @@ def _runs_of_a_seed(
             raise UserError(f"{path}: run {name} names the config {config}, which does not exist")
         overrides = {**everyones, **_overrides(path, name, entry), **planned.get(name, {})}
         named = dict.fromkeys(_REFERENCE.findall(str(list(overrides.values()))))
+        if quantized := entry.get("quantizes"):
+            named[str(quantized)] = None
         if missing := [needed for needed in named if needed not in places]:
             raise UserError(
                 f"{path}: run {name} needs {{{missing[0]}}}, and no run of that name stands before it with seed {seed}"
@@ -172,8 +180,10 @@ def _runs_of_a_seed(
             *("--trainer.default_root_dir", str(root)),
             *(f"--{key}={_as_text(value, places)}" for key, value in overrides.items()),
         ]
+        if quantized:
+            options.append(f"--ckpt_path={places.get(str(quantized))}")
         needs = tuple(needed for needed in named if needed not in public)
-        run = Run(str(name), seed, "quantize" if weights else "fit", tuple(options), root, needs)
+        run = Run(str(name), seed, "quantize" if weights or quantized else "fit", tuple(options), root, needs)
         places[name] = str(weights["path"] if weights else run.folder)
         runs.append(run)
     return runs

@@ -23,8 +23,11 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
         for record in found:
             records[record.config_hash, record.seed].setdefault(folder, []).append(record)
     hashes: dict[str, tuple[str, set[int], int]] = {}  # the same for every seed of a run
-    done = {}
+    done: dict[Run, list[Path]] = {}
+    trained = {(run.name, run.seed) for run in runs if run.is_trained}
     for run in runs:
+        if run.command == "quantize" and any((name, run.seed) not in trained for name in run.needs):
+            continue  # the hash of its records is known once its weights are
         if run.name not in hashes:
             settings = read_settings(run.arguments)
             model = settings.config["model"]["init_args"]
