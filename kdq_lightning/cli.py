@@ -2,15 +2,12 @@
 
 import hashlib
 import importlib
-import logging
 import signal
 import sys
 import traceback
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
@@ -24,6 +21,7 @@ from kdq_lightning.dashboard import Dashboard
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule, ImageFolderDataModule
 from kdq_lightning.errors import UserError
+from kdq_lightning.messages import quieten, sentence_for
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.modules.dkd import DecoupledKD
 from kdq_lightning.modules.dml import MutualLearning
@@ -250,7 +248,7 @@ def read_settings(args: list[str]) -> Settings:
         UserError: If the command needs weights and there are none.
         SystemExit: If an option is unknown or malformed; a sentence has been printed then.
     """
-    _quiet()
+    quieten()
     command_line = build_command_line(ConfigReader, args)
     return Settings(command_line.config[command_line.subcommand].as_dict(), command_line.hash_config())
 
@@ -281,7 +279,7 @@ def build_command_line(kind: type[CommandLine], args: ArgsType) -> CommandLine:
 
 def main(args: ArgsType = None) -> int:
     """Run a command and return its exit code; what the user can mend is said in one sentence."""
-    _quiet()
+    quieten()
     arguments = sys.argv[1:] if args is None else args
     try:
         if isinstance(arguments, list) and arguments and arguments[0] in MODEL_FREE:
@@ -291,50 +289,13 @@ def main(args: ArgsType = None) -> int:
     except SIGTERMException as stop:  # Lightning's own leave with 0
         raise SystemExit(128 + signal.SIGTERM) from stop
     except Exception as error:
-        sentence = _sentence(error)
+        sentence = sentence_for(error)
         if sentence is None:
             traceback.print_exc()
             sentence = f"an error that nobody foresaw ({type(error).__name__}): please report it with the lines above"
         print(f"kdq: {sentence}", file=sys.stderr)
         return 1
     return 0
-
-
-def _sentence(error: BaseException | None) -> str | None:
-    """Return what to tell the user; jsonargparse wraps errors of constructors, so the causes are looked through."""
-    while error is not None:
-        if notes := getattr(error, "__notes__", None):
-            return f"{'; '.join(notes)} ({error})"
-        if isinstance(error, UserError | MisconfigurationException):
-            return str(error)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return f"the memory is full ({error}): give smaller batches (--data.batch_size) or a smaller network"
-        if isinstance(error, OSError) and error.strerror:
-            return (
-                f"{error.strerror}: {error.filename or 'a file'}; nothing of this step was kept, mend it and try again"
-            )
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _quiet() -> None:
-    """Silence what Lightning says of itself."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # which rank has died
-    for message in (
-        ".*does not have many workers.*",  # the loader gathers whole batches from memory: workers would slow it down
-        ".*sync_dist=True.*",  # what is logged is already summed over ranks
-        ".*LeafSpec.*",
-        ".*args parameter is intended to run from within Python.*",  # tests and studies call main(args)
-        ".*could not find the monitored key.*",  # a few-steps limit ends before the first validation
-        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
-        ".*srun.*",
-        ".*infer the batch indices.*",  # each batch carries its own
-        ".*smaller than the logging interval.*",  # we log once an epoch
-        ".*in eval mode at the start of training.*",  # BatchNorm of a network that is recovered
-    ):
-        warnings.filterwarnings("ignore", message)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def test_resume_goes_on_in_its_folder(
     The second epoch has larger images, and the teacher's answers are those that the unbroken run has kept.
     """
     name, version = f"{strategy}_cpu", Path("runs", f"{strategy}_cpu", "version_0")
-    options = ["--model.init_args.network=resnet8"]
+    options = ["--model.init_args.network=resnet8", "--data.image_sizes=[16,32]"]
     if strategy == "vanilla":
         options += [f"--model.init_args.teacher={teacher_run}", "--model.init_args.teacher_cache=answers"]
     assert fit(name, images, *options) == 0

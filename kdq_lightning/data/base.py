@@ -55,7 +55,7 @@ class ImageDataModule(LightningDataModule):
             cutout: Side in pixels of the square painted over with the mean colour, 0 for none.
             trivial_augment: Apply TrivialAugmentWide to each image.
             image_sizes: Sides in pixels that the trained network gets training images at, spread evenly over the run's
-                epochs; those above the stored side stand for it. A teacher sees the same views whole.
+                epochs; a teacher sees the same views whole.
             seed: Seed of order and views; the run's seed if not given.
             split_seed: Seed of the validation split and of the calibration images, whatever the run's seed.
 
@@ -67,8 +67,8 @@ class ImageDataModule(LightningDataModule):
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if crop < 0 or cutout < 0:
             raise UserError(f"crop and cutout are pixels, 0 or more, got {crop} and {cutout}")
-        if image_sizes is not None and min(image_sizes, default=0) < 1:
-            raise UserError(f"image_sizes must be one or more sides of at least 1 pixel, got {image_sizes}")
+        if image_sizes is not None and not all(1 <= size <= image_size for size in image_sizes or [0]):
+            raise UserError(f"image_sizes must be between 1 and {image_size}, the stored size, got {image_sizes}")
         check_statistics("mean", mean, "std", std)
         self.dataset = dataset
         self.num_classes = num_classes
@@ -235,9 +235,7 @@ class ImageDataModule(LightningDataModule):
 
     def training_size(self, epoch: int, epochs: int) -> int:
         """Return the side in pixels that the trained network gets images at in an epoch of a run of so many."""
-        if not self.image_sizes:
-            return self.image_size
-        return min(self.image_sizes[epoch * len(self.image_sizes) // epochs], self.image_size)
+        return self.image_sizes[epoch * len(self.image_sizes) // epochs] if self.image_sizes else self.image_size
 
 
 def _as_it_is(batch: Any) -> Any:  # noqa: ANN401 - torch types collate_fn as if it always got lists

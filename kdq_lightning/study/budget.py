@@ -141,21 +141,15 @@ class Meter:
     def __init__(self, runs: Sequence[Run], at_once: int = 1) -> None:
         """Take all runs of the study, among which teachers are looked up, and how many of them run at once."""
         self.runs, self.at_once = runs, at_once
-        # Read as those of trainings, which need no weights yet.
-        options = {run: [option for option in run.options if not option.startswith("--ckpt_path=")] for run in runs}
-        self._configs = {run: read_settings(["fit", *options[run]]).config for run in runs}
-        on_cpu = any(config["trainer"]["accelerator"] == "cpu" for config in self._configs.values())
+        self.configs = {run: read_settings(run.settings_arguments).config for run in runs}
+        on_cpu = any(config["trainer"]["accelerator"] == "cpu" for config in self.configs.values())
         self.device = torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
         self._data: dict[str, ImageDataModule] = {}
         self._seconds: dict[tuple[object, ...], float] = {}
 
-    def config(self, run: Run) -> dict[str, Any]:
-        """Return a run's options."""
-        return self._configs[run]
-
     def data(self, run: Run) -> ImageDataModule:
         """Return a run's images; all runs of the same data share them."""
-        section = self.config(run)["data"]
+        section = self.configs[run]["data"]
         if (key := str(section)) not in self._data:
             self._data[key] = load_class(section["class_path"])(**section["init_args"])
             self._data[key].setup()
@@ -165,7 +159,7 @@ class Meter:
         """Return what suits this machine better than the run's config."""
         if self.device.type == "cuda" or run.command != "fit":
             return {}
-        data, model = self.data(run), self.config(run)["model"]
+        data, model = self.data(run), self.configs[run]["model"]
         options: dict[str, Any] = {}
         batch_size = min(data.batch_size, len(data.train_index))
         if batch_size > CPU_BATCH:
@@ -183,13 +177,13 @@ class Meter:
         """
         options, data = self.options(run), self.data(run)
         sizes = options.get(SIZES) or data.image_sizes or [data.image_size]
-        epochs = self.config(run)["trainer"]["max_epochs"] if run.command == "fit" else 0
+        epochs = self.configs[run]["trainer"]["max_epochs"] if run.command == "fit" else 0
         if epochs is None or epochs < 0:
             raise UserError(f"{run.name} has no number of epochs that a budget could cut: give trainer.max_epochs")
         return PlannedRun(run, self._cost(run, sizes, options), options, epochs, len(sizes))
 
     def _cost(self, run: Run, sizes: Sequence[int], options: Mapping[str, Any]) -> Cost:
-        data, config = self.data(run), self.config(run)
+        data, config = self.data(run), self.configs[run]
         model, quantization = config["model"]["init_args"], config["quantization"]
         networks = model.get("networks") or [model["network"]]
         forward = sum(self.forward_seconds(name, data) for name in networks)
@@ -211,7 +205,7 @@ class Meter:
 
     def step_seconds(self, run: Run, size: int, batch_size: int) -> float:
         """Return the seconds of a Trainer step on images of a size, with an untrained teacher."""
-        model, data = self.config(run)["model"], self.data(run)
+        model, data = self.configs[run]["model"], self.data(run)
         kind: type[Classifier] = load_class(model["class_path"])
         if issubclass(kind, HintKD | Recover):
             kind = VanillaKD  # which costs as much or more
@@ -221,7 +215,7 @@ class Meter:
         given: dict[str, Any] = {key: model["init_args"].get(key) for key in ("network", "networks")}
         given = {key: value for key, value in given.items() if value} | ({"teacher": "in memory"} if teacher else {})
 
-        precision = self.config(run)["trainer"]["precision"]
+        precision = self.configs[run]["trainer"]["precision"]
 
         def measure() -> float:
             module = kind(num_classes=data.num_classes, **given)
@@ -239,12 +233,12 @@ class Meter:
 
     def _teacher_network(self, run: Run) -> str:
         """Return the teacher's network, from the weights' description or from the run that trains it."""
-        model = self.config(run)["model"]["init_args"]
+        model = self.configs[run]["model"]["init_args"]
         if model.get("teacher_network"):
             return str(model["teacher_network"])
         for other in self.runs:
             if str(other.folder) == model["teacher"]:
-                taught_by = self.config(other)["model"]["init_args"]
+                taught_by = self.configs[other]["model"]["init_args"]
                 return str(taught_by.get("network") or taught_by["networks"][0])
         return next(iter(load_trained(model["teacher"], option="teacher").values())).network
 
@@ -252,8 +246,8 @@ class Meter:
         """Whether a run before it, not beside it, keeps the teacher's answers for it."""
 
         def asked(other: Run) -> tuple[object, ...]:
-            model = self.config(other)["model"]["init_args"]
-            return model.get("teacher_cache"), model.get("teacher"), other.seed, str(self.config(other)["data"])
+            model = self.configs[other]["model"]["init_args"]
+            return model.get("teacher_cache"), model.get("teacher"), other.seed, str(self.configs[other]["data"])
 
         before = map(asked, self.runs[: self.runs.index(run)])
         return self.at_once == 1 and asked(run)[0] is not None and asked(run) in before

@@ -76,6 +76,11 @@ class Run:
         return [self.command, *self.options]
 
     @property
+    def settings_arguments(self) -> list[str]:
+        """The same as a training, whose settings can be read before any weights are there."""
+        return ["fit", *(option for option in self.options if not option.startswith("--ckpt_path="))]
+
+    @property
     def line(self) -> str:
         """The command as one types it."""
         return shlex.join(["kdq", *self.arguments])

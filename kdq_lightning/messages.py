@@ -1,0 +1,46 @@
+"""What a command says: one sentence for what the user can mend, and nothing of what Lightning says of itself."""
+
+import logging
+import warnings
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from kdq_lightning.errors import UserError
+
+
+def sentence_for(error: BaseException | None) -> str | None:
+    """Return what to tell the user; jsonargparse wraps errors of constructors, so the causes are looked through."""
+    while error is not None:
+        if notes := getattr(error, "__notes__", None):
+            return f"{'; '.join(notes)} ({error})"
+        if isinstance(error, UserError | MisconfigurationException):
+            return str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return f"the memory is full ({error}): give smaller batches (--data.batch_size) or a smaller network"
+        if isinstance(error, OSError) and error.strerror:
+            return (
+                f"{error.strerror}: {error.filename or 'a file'}; nothing of this step was kept, mend it and try again"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def quieten() -> None:
+    """Silence what Lightning says of itself."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # which rank has died
+    for message in (
+        ".*does not have many workers.*",  # the loader gathers whole batches from memory: workers would slow it down
+        ".*sync_dist=True.*",  # what is logged is already summed over ranks
+        ".*LeafSpec.*",
+        ".*args parameter is intended to run from within Python.*",  # tests and studies call main(args)
+        ".*could not find the monitored key.*",  # a few-steps limit ends before the first validation
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+        ".*srun.*",
+        ".*infer the batch indices.*",  # each batch carries its own
+        ".*smaller than the logging interval.*",  # we log once an epoch
+        ".*in eval mode at the start of training.*",  # BatchNorm of a network that is recovered
+    ):
+        warnings.filterwarnings("ignore", message)
