@@ -1,6 +1,5 @@
 """The supervised classifier, which is the teacher and the control, and the base that every strategy stands on."""
 
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
@@ -20,6 +19,7 @@ from kdq_lightning.data.normalization import Statistics, renormalize
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.evaluation import build_metrics
 from kdq_lightning.losses import cross_entropy
+from kdq_lightning.modules.epoch import TrainingEpoch
 from kdq_lightning.modules.schedule import Cycle, one_cycle
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.networks import build_network
@@ -96,8 +96,7 @@ class Classifier(LightningModule):
         self._registered_metrics = nn.ModuleList(self.metrics.values())  # so that they move with the module
         self.val_loss = MeanMetric()
         self._image_size: int | None = None  # of this epoch's training images
-        self._sums: dict[str, Tensor] = {}
-        self._bad_step = torch.tensor(-1)
+        self._epoch = TrainingEpoch(self.device)
 
     def _build_networks(self) -> None:
         self.network = build_network(self.network_name, self.num_classes)
@@ -221,30 +220,23 @@ class Classifier(LightningModule):
         """Return groups of modules, each with its learning rate over `total` steps as a share of the peak."""
         return [(list(self.networks().values()), one_cycle(total, self.warmup))]
 
-    def on_fit_start(self) -> None:
-        """Start the record of the loss on the device, where looking at it costs nothing."""
-        self._bad_step = torch.tensor(-1, device=self.device)
-        self._started = time.perf_counter()
-
     def on_train_start(self) -> None:
         """Start the epoch, which is known from here on: Lightning leaves that out when it resumes within one."""
         self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's sums and its clock, and look up the size of its images."""
+        """Start the epoch, and look up the size of its images."""
         data, epochs = self.trainer.datamodule, self.trainer.max_epochs  # type: ignore[attr-defined]
         self._image_size = data.training_size(self.current_epoch, epochs) if data is not None else None
-        self._sums = {}
-        self._started = time.perf_counter()
+        self._epoch = TrainingEpoch(self.device)
 
     def on_validation_start(self) -> None:
         """Stop the clock of the epoch's training."""
-        self._stopped = time.perf_counter()
+        self._epoch.stop_clock()
 
     def on_validation_end(self) -> None:
         """Let the clock go on."""
-        if self.fitting:
-            self._started += time.perf_counter() - self._stopped
+        self._epoch.go_on()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the strategy's loss; its parts are summed on the device and logged once an epoch."""
@@ -253,11 +245,7 @@ class Classifier(LightningModule):
             values = {"loss": losses.loss, **losses.parts}
             if losses.logits is not None:
                 values["top1"] = 100 * (losses.logits.argmax(-1) == batch.labels).float().mean()
-            for name, value in values.items():
-                weighted = torch.stack([value, torch.ones_like(value)]) * len(batch.labels)
-                self._sums[name] = self._sums.get(name, 0) + weighted
-            bad = (self._bad_step < 0) & ~losses.loss.isfinite()
-            self._bad_step = torch.where(bad, self.global_step, self._bad_step)
+            self._epoch.add(values, len(batch.labels), self.global_step)
         if batch_idx % CHECK_EVERY == 0:
             self._refuse_nan()
         return losses.loss
@@ -266,8 +254,7 @@ class Classifier(LightningModule):
         """Stop on every rank once the loss of any was not finite, before anything of it is saved."""
         if self._trainer is None or not self.trainer.training:
             return
-        step = int(self.trainer.strategy.reduce(self._bad_step.double(), reduce_op="max"))
-        if step >= 0:
+        if (step := self._epoch.bad_step(self.trainer.strategy)) >= 0:
             saved = [getattr(keeper, "best_model_path", "") for keeper in self.trainer.checkpoint_callbacks]
             good = next(filter(None, reversed(saved)), "")
             raise UserError(
@@ -279,16 +266,13 @@ class Classifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the epoch's means over all images of all ranks."""
         self._refuse_nan()
-        if not self._sums:  # resumed where the epoch's last step was done
+        means = self._epoch.means(self.trainer.strategy)
+        if not means:  # resumed where the epoch's last step was done
             return
-        seconds = time.perf_counter() - self._started
-        totals = self.trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
-        means = (totals[:, 0] / totals[:, 1]).tolist()
-        logs = {f"train/{name}": mean for name, mean in zip(self._sums, means, strict=True)}
-        logs["train/images_per_second"] = float(totals[0, 1]) / seconds
+        logs = {f"train/{name}": mean for name, mean in means.items()}
         logs["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict(logs | {"step": float(self.global_step)})
-        self._print_epoch(logs | self.trainer.callback_metrics)
+        self._print_epoch({**logs, **self.trainer.callback_metrics})
 
     def _print_epoch(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Print a line that stays in the log of a run that nobody watches."""

@@ -82,7 +82,6 @@ class Distillation(Classifier):
             key = {"teacher": self.teacher.digest, "statistics": [self.teacher.mean, self.teacher.std]}
             key["precision"] = str(self.trainer.precision)
             self._cache = LogitCache(self.teacher_cache, key | data.view_key())
-        super().on_fit_start()
 
     def on_train_epoch_start(self) -> None:
         """Look for the epoch's logits; all processes ask the teacher if one of them has none."""

@@ -1,0 +1,53 @@
+"""What a training epoch comes to: mean losses, images a second, and whether a loss was not finite."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+
+class TrainingEpoch:
+    """Sums over the images of an epoch, on the device: looking at a tensor makes the host wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start the clock."""
+        self._sums: dict[str, Tensor] = {}
+        self._bad_step = torch.tensor(-1, device=device)
+        self._started = self._stopped = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Stop the clock: what comes is no training."""
+        self._stopped = time.perf_counter()
+
+    def go_on(self) -> None:
+        """Let the clock go on."""
+        self._started += time.perf_counter() - self._stopped
+
+    def add(self, means: Mapping[str, Tensor], images: int, step: int) -> None:
+        """Add a batch.
+
+        Args:
+            means: Scalars, each a mean over the batch; `loss` is watched.
+            images: In the batch.
+            step: That trains on it.
+        """
+        for name, mean in means.items():
+            weighted = torch.stack([mean, torch.ones_like(mean)]) * images
+            self._sums[name] = self._sums.get(name, 0) + weighted
+        bad = (self._bad_step < 0) & ~means["loss"].isfinite()
+        self._bad_step = torch.where(bad, step, self._bad_step)
+
+    def bad_step(self, strategy: Strategy) -> int:
+        """Return the first step of a rank whose loss was not finite; -1 if it was on all of them."""
+        return int(strategy.reduce(self._bad_step.double(), reduce_op="max"))
+
+    def means(self, strategy: Strategy) -> dict[str, float]:
+        """Return the means over the images of all ranks and `images_per_second`; nothing if there was no step."""
+        if not self._sums:
+            return {}
+        seconds = time.perf_counter() - self._started
+        totals = strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
+        means = (totals[:, 0] / totals[:, 1]).tolist()
+        return dict(zip(self._sums, means, strict=True)) | {"images_per_second": float(totals[0, 1]) / seconds}
