@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from statistics import mean
 
+from kdq_lightning.cli import main
+
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
 BITS = (2, 3, 4, 5, 8)
 
 
@@ -13,9 +16,25 @@ def test_accuracies_of_the_engine():
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| resnet")]
     assert len(rows) == 7
     for name, network, method, levels, *cells in rows:
-        record = json.loads((ROOT / "results" / "engine" / f"{name}.json").read_text())
+        record = json.loads((RESULTS / "engine" / f"{name}.json").read_text())
         found = {(row["method"], row["bits"]): row for row in record["accuracies"]}
         assert network == f"{mean(found['float', 32]['top1']):.2f}"
         assert levels == str(found[method, 2]["levels"])
         expected = [f"{mean(found[method, bits]['top1']):.2f}" if (method, bits) in found else "-" for bits in BITS]
         assert cells == expected
+
+
+def test_report_of_the_study(tmp_path: Path):
+    """The committed report is what the records give today, and the README quotes it."""
+    assert main(["report", str(RESULTS / "cpu_cifar10"), "--out", str(tmp_path)]) == 0
+    report = RESULTS / "cpu_cifar10" / "report"
+    texts = [path for path in sorted(report.iterdir()) if path.suffix in (".md", ".csv", ".tex")]
+    assert [path.name for path in texts] == sorted(
+        path.name for path in tmp_path.iterdir() if path.suffix in (".md", ".csv", ".tex")
+    )
+    for path in texts:
+        assert path.read_text() == (tmp_path / path.name).read_text(), path.name
+    quoted = (ROOT / "README.md").read_text().split("<!-- study_cpu -->")[1].split("<!-- end -->")[0]
+    lines = [line for line in quoted.splitlines() if line]
+    assert len([line for line in lines if line.startswith("|")]) >= 4
+    assert set(lines) <= set((report / "report.md").read_text().splitlines())
