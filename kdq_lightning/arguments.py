@@ -55,7 +55,7 @@ def check_given(owner: type, settings: object, name: str, later: Collection[str]
         raise UserError(f"{name} must be a group of options such as `{name}: {{option: value}}`, got {settings!r}")
     for key, value in vars(settings).items():
         if value is None and key not in later and not _takes_none(owner, key):
-            raise UserError(f"{name}.{key} has no value: give one, or leave the line away")
+            raise UserError(f"{name}.{key} has no value: give one, or leave out the line")
 
 
 def _takes_none(owner: type, key: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from kdq_lightning.data.normalization import Statistics, check_statistics
@@ -75,6 +75,11 @@ def packed_metadata(network: str, num_classes: int, mean: Statistics, std: Stati
         "std": json.dumps(std),
         **more,
     }
+
+
+def state_dict_bytes(network: nn.Module) -> bytes:
+    """Return a network's state dict as a safetensors file."""
+    return save({key: value.cpu().contiguous() for key, value in network.state_dict().items()})
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

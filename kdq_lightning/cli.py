@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from kdq_lightning.arguments import OneLineErrors, check_class_given, check_given
 from kdq_lightning.callbacks import NameDeadRank, RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.checkpoints import FINISHED, find_checkpoint, read_checkpoint, versions
+from kdq_lightning.config_hash import config_hash, version_hash
 from kdq_lightning.dashboard import Dashboard
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule, ImageFolderDataModule
@@ -30,7 +31,7 @@ from kdq_lightning.modules.mixup import MixupKD
 from kdq_lightning.modules.recover import Recover
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.post_training import PostTrainingQuantization
-from kdq_lightning.results import config_hash, read_records, version_hash
+from kdq_lightning.results import read_records
 from kdq_lightning.trainer import Trainer
 
 STRATEGIES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning, Recover)
@@ -102,7 +103,7 @@ class CommandLine(LightningCLI):
             place = next(reversed(versions(place)), place)
         checkpoint = (place / "checkpoints" / "last.ckpt" if place.is_dir() else place).resolve()
         if not checkpoint.is_file():
-            raise UserError(f"{checkpoint} does not exist: there is nothing to go on from, leave --ckpt_path away")
+            raise UserError(f"{checkpoint} does not exist: there is nothing to go on from, leave out --ckpt_path")
         if checkpoint.parent.name != "checkpoints" or checkpoint.parent.parent not in versions(checkpoint.parents[2]):
             raise UserError(
                 f"{checkpoint} lies in no run folder (version_N/checkpoints), so training can't go on there;"
@@ -212,7 +213,7 @@ class CommandLine(LightningCLI):
             if then[name] != value:
                 raise UserError(
                     f"{self.resumed} was trained with {name} {then[name]}, this command says {value}:"
-                    f" give the same, or leave --ckpt_path away"
+                    f" give the same, or leave out --ckpt_path"
                 )
 
 

@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from kdq_lightning.arguments import OneLineErrors
-from kdq_lightning.checkpoints import TrainedNetwork, add_network_arguments, load_network, packed_metadata
+from kdq_lightning.checkpoints import (
+    TrainedNetwork,
+    add_network_arguments,
+    load_network,
+    packed_metadata,
+    state_dict_bytes,
+)
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
 from kdq_lightning.networks import build_network
@@ -57,11 +62,6 @@ def to_state_dict(trained: TrainedNetwork) -> tuple[bytes, str]:
     gained = [name for name in network.state_dict() if name not in own]
     remark = f"{len(gained)} biases gained by quantization, such as {gained[0]}" if gained else "float32"
     return state_dict_bytes(network), remark
-
-
-def state_dict_bytes(network: nn.Module) -> bytes:
-    """Return the network's state dict as a safetensors file."""
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
 
 
 def to_onnx(trained: TrainedNetwork) -> tuple[bytes, str]:

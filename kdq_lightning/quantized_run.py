@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from kdq_lightning.checkpoints import (
     load_trained,
     packed_metadata,
     read_checkpoint,
+    state_dict_bytes,
 )
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.data.normalization import Statistics
@@ -171,9 +171,7 @@ class QuantizedRun:
 
     def save_float(self, name: str, network: nn.Module, found: Found) -> None:
         """Record the float network; its bytes are those of a `.safetensors` file of its state dict."""
-        state = {key: tensor.cpu().contiguous() for key, tensor in network.state_dict().items()}
-        size = len(safetensors.torch.save(state))
-        record = self._record(name, FLOAT_BITS, found, found, packed_bytes=size)
+        record = self._record(name, FLOAT_BITS, found, found, packed_bytes=len(state_dict_bytes(network)))
         self.on_rank_zero(lambda: self.results.add(record, _correct(found)))
 
     def save_quantized(self, name: str, bits: int, quantized: Quantized, found: Found, floats: Found) -> None:

@@ -5,7 +5,6 @@ them got right; and `layers.csv`, what became of each layer.
 """
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,6 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-import yaml
 from torch import Tensor
 
 from kdq_lightning.errors import UserError
@@ -251,60 +249,6 @@ def find_records(*folders: Path) -> dict[Path, list[Record]]:
     """
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder: give one that holds run folders")
+            raise UserError(f"{folder} is not a folder: give one that holds run folders")
     found = sorted({path.parent for folder in folders for path in folder.rglob(RECORDS)})
     return {folder: read_records(folder) for folder in found}
-
-
-WITHOUT_EFFECT = {
-    "model": {"teacher_cache"},
-    "data": {"root", "download", "seed"},  # the seed is a field of its own
-    "trainer": {
-        *("accelerator", "devices", "num_nodes", "strategy", "plugins", "default_root_dir", "fast_dev_run"),
-        *("logger", "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "num_sanity_val_steps"),
-        *("limit_predict_batches", "inference_mode", "profiler", "detect_anomaly", "barebones"),
-        *("enable_autolog_hparams", "model_registry"),
-    },
-    "quantization": {"bits", "enabled"},  # each bit width is a record of its own
-}
-
-
-def config_hash(config: Mapping[str, Any], weights: str | None = None) -> str:
-    """Return 12 hexadecimal digits that tell runs apart which may give different results.
-
-    Two runs that differ only in seed, root folder, device, number of ranks or loggers share them.
-
-    Args:
-        config: What `config.yaml` of a run holds: the sections model, data, trainer and quantization count. Options
-            that are None don't, so that a release which adds one still finds its records. Paths of networks below
-            `trainer.default_root_dir` count from there.
-        weights: What stands for the trained weights instead of their path, for `kdq quantize`: the hash of the run that
-            trained them, or a digest of their file.
-    """
-    root = Path(config["trainer"].get("default_root_dir") or ".").absolute()
-    what = {section: _with_effect(section, config.get(section) or {}) for section in WITHOUT_EFFECT}
-    arguments = what["model"].get("init_args", {})
-    for key in ("teacher", "packed", "weights"):
-        if isinstance(arguments.get(key), str) and Path(arguments[key]).absolute().is_relative_to(root):
-            arguments[key] = Path(arguments[key]).absolute().relative_to(root).as_posix()
-    if weights is not None:
-        arguments["weights"] = weights
-    return hashlib.blake2b(json.dumps(what, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
-
-
-def version_hash(version: Path) -> str | None:
-    """Return the hash of the settings that a version's folder was started with, None if it doesn't say."""
-    try:
-        return config_hash(yaml.safe_load((version / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _with_effect(section: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a section's options (a class's `init_args` among them) without those that change no result."""
-    ignored = WITHOUT_EFFECT.get(section, set())
-    return {
-        key: _with_effect(section, value) if isinstance(value, Mapping) else value
-        for key, value in options.items()
-        if value is not None and key not in ignored
-    }

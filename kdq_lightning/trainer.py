@@ -100,7 +100,7 @@ class Trainer(LightningTrainer):
             UserError: If the callback is missing or switched off, or quantization fails.
         """
         if not any(callback.enabled for callback in self._quantizers):
-            raise UserError("there is nothing to do with --quantization.enabled=false: leave it away")
+            raise UserError("there is nothing to do with --quantization.enabled=false: leave it out")
         self._quantizing = True
         try:  # launching, data and device are those of a validation; `_run_stage` does other work
             self.validate(model, ckpt_path=ckpt_path, verbose=False, datamodule=datamodule, weights_only=weights_only)

@@ -216,7 +216,7 @@ BAD = [
     (["--model.init_args.learning_rate=-1"], "learning_rate"),
     (["--data.dataset=cifar11"], "cifar100"),
     (["--trainer.max_epochs=-1"], "max_epochs"),
-    (["--ckpt_path=last"], "leave --ckpt_path away"),
+    (["--ckpt_path=last"], "leave out --ckpt_path"),
     (["--model.init_args.weights=nothing.ckpt"], "nothing.ckpt"),
     (["--data.mean=[125,122,113]"], "images scaled to [0, 1]"),
     (["--trainer.precision=fp8"], "fp8"),
@@ -282,7 +282,7 @@ def test_nan_names_step_and_checkpoint(images: Path, workspace: Path, capsys: py
     arguments = ["--model.init_args.network=resnet8", "--trainer.callbacks+=tests.test_cli.PoisonSecondEpoch"]
     assert fit("control_cpu", images, *arguments) == 1
     error = capsys.readouterr().err
-    assert "not finite since step 2" in error and "version_0/checkpoints/last.ckpt" in error
+    assert "not been finite since step 2" in error and "version_0/checkpoints/last.ckpt" in error
     state = torch.load("runs/control_cpu/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
 

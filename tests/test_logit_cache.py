@@ -129,4 +129,4 @@ def test_a_full_disk_costs_the_answers_alone(images: Path, teacher_run: Path, wo
 
 def test_mixed_images_are_no_views(images: Path, teacher_run: Path, workspace: Path, capsys):
     fit("mixup", images, teacher_run, CACHE, code=1)
-    assert "mixed images are none: leave it away" in capsys.readouterr().err
+    assert "mixed images are none: leave it out" in capsys.readouterr().err

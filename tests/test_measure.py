@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from kdq_lightning.bench import data, step
 from kdq_lightning.bench.measure import Timing, hardware, interleaved
 from kdq_lightning.errors import UserError
+from kdq_lightning.modules.classifier import Classifier
 
 
 def test_functions_take_turns_after_a_warm_up():
@@ -65,6 +66,13 @@ def test_step_benchmark_computes_from_what_it_measures(capsys, monkeypatch: pyte
     assert ["dml", "200", "200", "120-300", "0.800", "5.0"] in [
         [cell.strip() for cell in line.strip("│ ").split("│")] for line in capsys.readouterr().out.splitlines()
     ]
+
+
+def test_an_epoch_of_one_step(workspace):
+    """Fewer steps an epoch than are left out at the start."""
+    small = step.NoiseDataModule(torch.zeros(8, 3, 32, 32).byte(), 8)
+    module = Classifier("resnet8", 10)
+    assert 0 < step.trainer_seconds(module, small, steps=2, accelerator="cpu") < 60
 
 
 def test_step_benchmark(capsys):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import load_packed, quantize
+from kdq_lightning.quantization.path import gather_calibration
 
 PLAIN = {"solver": "gpfq", "codebook": "paper", "scale": "layer", "refine": 0, "match_moments": False}
 
@@ -317,7 +319,12 @@ def with_nan() -> nn.Module:
         (nn.Conv2d(3, 4, 3), [torch.randn(2, 3, 8, 8)], {"bits": (1,), "codebook": "narrow"}, "single level"),
         (nn.Conv2d(3, 4, 3), [torch.randn(2, 3, 8, 8)], {"solver": "gpqf"}, "unknown solver"),
         (nn.Conv2d(3, 4, 3), [torch.randn(2, 3, 8, 8)], {"codebook": "ternary"}, "unknown codebook"),
-        (nn.Conv2d(3, 4, 3), [torch.randn(2, 3, 8, 8)], {"mode": "official", "refine": 1}, "mode 'official' fixes"),
+        (
+            nn.Conv2d(3, 4, 3),
+            [torch.randn(2, 3, 8, 8)],
+            {"mode": "official", "refine": 1, "patch_fraction": 0.5},
+            "fixes refine: leave",
+        ),
         (nn.Conv2d(3, 4, 3), [torch.randn(2, 3, 8, 8)], {"patch_fraction": 0.0}, "patch_fraction"),
         (nn.Conv2d(3, 4, 3), [torch.randn(64, 3, 8, 8)], {"max_memory_gb": 1e-6}, "max_memory_gb"),
     ],
@@ -325,6 +332,16 @@ def with_nan() -> nn.Module:
 def test_bad_input_is_refused_in_a_sentence(network, batches, options, words):
     with pytest.raises(UserError, match=words):
         quantize(network, batches, **{"bits": (3,), **options})
+
+
+def test_a_process_without_images_is_named(monkeypatch: pytest.MonkeyPatch):
+    """By every process alike: none may wait for one that has stopped."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "all_gather", lambda sizes, own: [sizes[0].fill_(4), sizes[1].copy_(own)])
+    with pytest.raises(UserError, match="process 1 has no calibration images"):
+        gather_calibration([], torch.zeros(1), seed=0)
 
 
 def test_memory_limit_changes_the_walks_but_not_the_result(network, images):

@@ -26,6 +26,7 @@ from kdq_lightning import post_training
 from kdq_lightning.callbacks import checkpoint_callbacks
 from kdq_lightning.checkpoints import load_trained
 from kdq_lightning.cli import main
+from kdq_lightning.config_hash import config_hash
 from kdq_lightning.dashboard import Dashboard
 from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule
 from kdq_lightning.errors import UserError
@@ -34,7 +35,7 @@ from kdq_lightning.networks import build_network
 from kdq_lightning.post_training import PostTrainingQuantization
 from kdq_lightning.quantization import load_packed
 from kdq_lightning.quantization.packing import read_metadata
-from kdq_lightning.results import Record, config_hash, read_correct, read_layers, read_records
+from kdq_lightning.results import Record, read_correct, read_layers, read_records
 from kdq_lightning.trainer import Trainer
 from tests.conftest import FEW_STEPS, config
 

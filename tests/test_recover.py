@@ -120,6 +120,22 @@ def test_loss_and_gradients_are_those_of_a_loop(runs: Path):
     assert not any(m.training for m in module.network.modules())
 
 
+def test_codes_that_are_gone_or_others(runs: Path, tmp_path: Path):
+    """Scales go on with their own codes alone, and without codes nothing is called recovered."""
+    module, checkpoint = make_module(runs), {}
+    other = tmp_path / "other-2bit.safetensors"
+    other.write_bytes(packed_of(runs / "recover_cpu").read_bytes())
+    for stored in ("packed", "data", "networks"):
+        checkpoint[stored] = torch.load(runs / "recover_cpu/version_0/checkpoints/last.ckpt", weights_only=True)[stored]
+    checkpoint["state_dict"] = module.state_dict()
+    module.on_load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="is not the one that this run began with"):
+        make_module(runs, packed=str(other)).on_load_checkpoint(checkpoint)
+    alone = Recover(packed="gone.safetensors", teacher="gone", network="resnet8", num_classes=10)
+    with pytest.raises(UserError, match=r"gone\.safetensors is gone"):
+        alone.carried_weights()
+
+
 def test_wrong_files(runs: Path, tmp_path: Path):
     for changes, sentence in (
         ({"bits": None}, "say which of its packed files"),

@@ -159,6 +159,8 @@ def test_choice_never_looks_at_the_test(tmp_path: Path):
     last = duels_by_budget(*files_of(rows))[-1]
     assert last.student.row.strategy == "mixup" and last.winner == "teacher"
     assert choose_measurement(rows, 1e9, None)[0].row.strategy == "mixup"
+    write_run(tmp_path / "c", "dkd", {4: 95}, val_top1=99.9, partial=True)  # a trial run on a few images
+    assert choose_measurement(read_rows([tmp_path])[0]["cifar10"], 1e9, None)[0].row.strategy == "mixup"
     write_run(tmp_path / "t", "teacher", {4: 90}, network="resnet50", val_top1=None)
     assert verdict(duels_by_budget(*files_of(read_rows([tmp_path])[0]["cifar10"]))) is None
 
@@ -215,7 +217,7 @@ def test_no_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "there is no quantized.csv below" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(["report", str(tmp_path / "nowhere")]) == 1
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
 
 
 def test_two_runs_with_the_same_key(tmp_path: Path):

@@ -13,11 +13,11 @@ import yaml
 
 import kdq_lightning
 from kdq_lightning.cli import main
+from kdq_lightning.config_hash import config_hash
 from kdq_lightning.errors import UserError
 from kdq_lightning.results import (
     HEADER,
     Record,
-    config_hash,
     find_records,
     read_correct,
     read_records,
@@ -150,6 +150,15 @@ def test_config_hash(workspace: Path, capsys: pytest.CaptureFixture[str]):
     assert config_hash(settings) == config_hash(before | {"quantization": {"bits": [4]}})
     settings["quantization"]["solver"] = "gpfq"
     assert config_hash(settings) != config_hash(before | {"quantization": {"bits": [4]}})
+
+
+def test_images_without_a_name_are_told_apart_by_their_folder():
+    def settings(root: str) -> dict:
+        images = {"class_path": "ImageFolderDataModule", "init_args": {"root": root}}
+        return {"trainer": {}, "model": {"class_path": "Classifier"}, "data": images, "quantization": {}}
+
+    assert config_hash(settings("data/birds")) != config_hash(settings("data/flowers"))
+    assert config_hash(settings("data/birds")) == config_hash(settings("/elsewhere/birds"))
 
 
 def test_version_is_the_package_s():

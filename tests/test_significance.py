@@ -84,7 +84,6 @@ def test_bootstrap_covers_the_truth_over_seeds():
 def test_bootstrap_of_equals_and_of_nothing():
     same = classifiers(100, 1, 0.8, seed=1)
     assert paired_bootstrap(same, same) == (0, 0, 0, 1, 1)
-    assert not paired_bootstrap(same, same).distinguishable
     with pytest.raises(UserError, match="different test sets"):
         paired_bootstrap(same, same[:, :50])
     with pytest.raises(UserError, match="same images"):

@@ -112,7 +112,7 @@ def test_public_weights(workspace: Path, capsys: pytest.CaptureFixture[str]):
 
 
 BAD = [
-    ("runs: [", "is no YAML"),
+    ("runs: [", "is not valid YAML"),
     ("seeds: [0]", "lacks runs"),
     ("runs: {a: {config: teacher_cpu.yaml}}\nbudget: 3", "unknown budget"),
     ("runs: {a: {config: nothing.yaml}}", "does not exist"),
@@ -136,7 +136,7 @@ def test_bad_options(workspace: Path, capsys: pytest.CaptureFixture[str]):
     path = write_plan(TINY)
     assert main(["study", "nothing.yaml"]) == 1 and "nothing.yaml cannot be read" in capsys.readouterr().err
     assert main(["study", str(path), "--devices", "0"]) == 1 and "at least 1" in capsys.readouterr().err
-    assert main(["study", str(path), "--results", "x"]) == 1 and "is no folder" in capsys.readouterr().err
+    assert main(["study", str(path), "--results", "x"]) == 1 and "is not a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
@@ -270,6 +270,34 @@ def test_a_whole_study(workspace: Path, capsys: pytest.CaptureFixture[str]):
     assert {file.name: file.read_bytes() for file in Path("runs/tiny/report").iterdir()} == report
 
 
+def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(workspace: Path, capsys):
+    """Its students are trained from the beginning, done or cut off; runs without a teacher stay done."""
+    control = {"config": "control_cpu.yaml", "overrides": TINY["runs"]["teacher"]["overrides"]}
+    runs = {**TINY["runs"], "dkd": {**TINY["runs"]["vanilla"], "config": "dkd_cpu.yaml"}, "control": control}
+    assert main(["study", str(write_plan({**TINY, "runs": runs}))]) == 0
+    dkd = Path("runs/tiny/seed3/dkd/version_0")
+    (dkd / "finished").unlink()
+    (dkd / "quantized.csv").unlink()  # cut off
+    teacher = {**runs["teacher"], "overrides": {**runs["teacher"]["overrides"], "trainer.max_epochs": 2}}
+    path = write_plan({**TINY, "runs": {**runs, "teacher": teacher}})
+    names = {"teacher", "vanilla", "dkd"}
+    capsys.readouterr()
+    assert main(["study", str(path), "--dry_run"]) == 0
+    assert {line.split(" --name ")[1].split()[0] for line in capsys.readouterr().out.splitlines()} == names
+    plan = read_plan(path, Path("runs"))
+    assert main(execution.arguments_of(plan[0])) == 0  # the study is killed behind its teacher
+    capsys.readouterr()
+    assert main(["study", str(path), "--dry_run"]) == 0
+    left = {line.split(" --name ")[1].split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert left == names - {"teacher"}
+    assert main(["study", str(path)]) == 0
+    for name in ("teacher", "vanilla", "dkd", "control"):
+        newest = max(folder.name for folder in Path("runs/tiny/seed3", name).glob("version_*"))
+        assert newest == ("version_0" if name == "control" else "version_1")
+    capsys.readouterr()
+    assert main(["study", str(path), "--dry_run"]) == 0 and not capsys.readouterr().out.strip()
+
+
 @pytest.mark.slow
 def test_other_settings_start_again(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Nothing of what is there counts, and nothing is resumed."""
@@ -396,6 +424,7 @@ def test_a_budget_is_planned_and_kept(workspace: Path, monkeypatch: pytest.Monke
         assert entry["options"]["model.init_args.learning_rate"] == pytest.approx({"teacher": 0.1}.get(name, 0.2) / 4)
         assert ("data.init_args.image_sizes" in entry["options"]) == (name != "vanilla")
         after = networks[name] * (2 * evaluated * 0.001 + 3)
+        after += evaluated * 0.001 if name == "vanilla" else 0  # its teacher's answers
         minutes = (epochs * (seconds_an_epoch[name] + networks[name] * validation) + after) / 60
         assert entry["minutes"] == pytest.approx(minutes, abs=0.06), name
         total += minutes * (1 if name == "dml" else 2)
@@ -412,7 +441,32 @@ def test_a_budget_is_planned_and_kept(workspace: Path, monkeypatch: pytest.Monke
     assert "1 minutes are too few" in capsys.readouterr().err and not Path("runs/long/plan.yaml").exists()
     Path("runs/long/plan.yaml").write_text("nonsense")
     assert main(["study", str(path), "--dry_run"]) == 1
-    assert "plan.yaml is no plan" in capsys.readouterr().err
+    assert "plan.yaml is not a plan" in capsys.readouterr().err
+
+
+def test_what_recovering_costs(workspace: Path, monkeypatch: pytest.MonkeyPatch):
+    """No quantization, one evaluation of its own and one of the teacher; hints ask the teacher whatever is kept."""
+    monkeypatch.setattr(budget.Meter, "forward_seconds", lambda *_: 0.001)
+    monkeypatch.setattr(budget.Meter, "quantization_seconds", lambda *_: 3.0)
+    monkeypatch.setattr(
+        budget,
+        "trainer_seconds",
+        lambda module, data, steps, **_: steps * (3.0 if getattr(module, "teacher", None) else 1),
+    )
+    cached = {**TINY["runs"]["vanilla"]["overrides"], "model.init_args.teacher_cache": "answers"}
+    recover = {"config": "recover_cpu.yaml", "overrides": {**cached, "model.init_args.packed": "{vanilla}"}}
+    runs = {**TINY["runs"], "hint": {"config": "hint_cpu.yaml", "overrides": cached}, "recover_2bit": recover}
+    runs["vanilla"] = {"config": "vanilla_cpu.yaml", "overrides": cached}
+    plan = read_plan(write_plan({**TINY, "runs": runs}), Path("runs"))
+    meter = budget.Meter(plan)
+    costs = {run.name: (meter.plan(run).cost, meter._finds_answers(run)) for run in plan}
+    evaluated = 0.001 * (len(meter.data(plan[0]).val_index) + len(meter.data(plan[0]).test_set))
+    assert costs["recover_2bit"][0].after == pytest.approx(2 * evaluated)
+    assert costs["hint"][0].after == pytest.approx(3 * evaluated + 3)
+    assert costs["teacher"][0].after == pytest.approx(2 * evaluated + 3)
+    assert [found for _, found in costs.values()] == [False, False, True, True]
+    steps = {name: (cost.epoch - 0.001 * len(meter.data(plan[0]).val_index)) / 2 for name, (cost, _) in costs.items()}
+    assert steps == pytest.approx({"teacher": 1, "vanilla": 3, "hint": 3, "recover_2bit": 1})
 
 
 def test_a_plan_knows_every_run(workspace: Path, capsys: pytest.CaptureFixture[str]):

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from kdq_lightning.arguments import OneLineErrors
+from kdq_lightning.files import write_atomically
 
 SUBJECTS = {
     "data": "images/s of loader and augmentation",
@@ -27,5 +28,5 @@ def main(args: list[str]) -> int:
     options = parser.parse_args(args)
     figures = modules[options.subject].run(options[options.subject])
     if path := options[options.subject].json:
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+        write_atomically(path, (json.dumps(figures, indent=2) + "\n").encode())
     return 0

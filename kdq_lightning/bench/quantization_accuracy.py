@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from kdq_lightning.bench.peers import PEERS, quantize_brevitas
+from kdq_lightning.checkpoints import state_dict_bytes
 from kdq_lightning.quantization import Quantized, quantize
 from kdq_lightning.quantization.packing import save_packed
 
@@ -96,8 +96,7 @@ def measure_accuracy(
     def score(network: nn.Module) -> float:
         return top1(network, test_images, test_labels, normalize)
 
-    size = len(safetensors.torch.save(model.state_dict()))
-    rows = {("float", 32): Accuracy("float", 32, 0, "", size, [score(model)])}
+    rows = {("float", 32): Accuracy("float", 32, 0, "", len(state_dict_bytes(model)), [score(model)])}
     costs = []
     for method in methods:
         for seed, images in enumerate(draws):

@@ -40,6 +40,8 @@ WARMUP = 2  # steps that are not counted: memory is allocated, kernels are chose
 class _Clock(Callback):
     """Measures the steps after the warm-up."""
 
+    started = seconds = 0.0
+
     def on_train_batch_start(
         self, trainer: LightningTrainer, module: LightningModule, batch: object, batch_idx: int
     ) -> None:

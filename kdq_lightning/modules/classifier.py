@@ -258,7 +258,7 @@ class Classifier(LightningModule):
             saved = [getattr(keeper, "best_model_path", "") for keeper in self.trainer.checkpoint_callbacks]
             good = next(filter(None, reversed(saved)), "")
             raise UserError(
-                f"the loss is not finite since step {step}; last good checkpoint: {good or 'none yet'}. Lower"
+                f"the loss has not been finite since step {step}; last good checkpoint: {good or 'none yet'}. Lower"
                 " --model.init_args.learning_rate or look at the data, and "
                 + (f"start from its weights with --model.init_args.weights {good}" if good else "start again")
             )

@@ -40,7 +40,7 @@ class TrainingEpoch:
         self._bad_step = torch.where(bad, step, self._bad_step)
 
     def bad_step(self, strategy: Strategy) -> int:
-        """Return the first step of a rank whose loss was not finite; -1 if it was on all of them."""
+        """Return the first step of a rank whose loss was not finite; -1 if there was none on any."""
         return int(strategy.reduce(self._bad_step.double(), reduce_op="max"))
 
     def means(self, strategy: Strategy) -> dict[str, float]:

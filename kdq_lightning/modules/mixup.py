@@ -40,7 +40,7 @@ class MixupKD(Distillation):
         """
         super().__init__(strategy=strategy, **kwargs)
         if self.teacher_cache is not None:
-            raise UserError("teacher_cache keeps answers to views, and mixed images are none: leave it away")
+            raise UserError("teacher_cache keeps answers to views, and mixed images are none: leave it out")
         check_range("label_weight", label_weight, low=0, high=1, including_low=True)
         check_range("temperature", temperature, low=0)
         check_range("mixup_alpha", mixup_alpha, low=0, high=1e6)

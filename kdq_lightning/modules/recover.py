@@ -1,5 +1,6 @@
 """Recovering after quantization: the codes stay, and what multiplies and shifts them learns the teacher's answers."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -54,6 +55,7 @@ class Recover(Distillation):
         self.packed, self.bits, self.temperature = packed, bits, temperature
         self.gains = nn.ParameterList()
         self._weights: dict[str, QuantizedWeight] = {}  # as they were packed
+        self._digest = ""  # of the packed file
 
     def setup(self, stage: str) -> None:
         """Load the packed network; only training can't do without its file."""
@@ -71,7 +73,7 @@ class Recover(Distillation):
             )
         load_packed(path, self.network)
         self.mean, self.std = tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"]))
-        self._weights = read_weights(path)
+        self._weights, self._digest = read_weights(path), packed_digest(path)
         for i, weight in enumerate(self._weights.values()):
             self.gains.append(nn.Parameter(torch.ones_like(weight.scale)))
             self.register_buffer(f"levels{i}", weight.grid[weight.codes.long()], persistent=False)
@@ -79,6 +81,24 @@ class Recover(Distillation):
         for parameter in self.network.parameters():
             parameter.requires_grad_(parameter.ndim == 1)
         self.network.eval()  # Lightning leaves the mode of modules as it finds it
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down which codes these scales belong to."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["packed"] = self._digest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with other codes.
+
+        Raises:
+            UserError: If the packed file has changed.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if self._weights and checkpoint.get("packed", self._digest) != self._digest:
+            raise UserError(
+                f"the packed file in {self.packed} is not the one that this run began with: put that one back, or start"
+                " again without --ckpt_path"
+            )
 
     def train(self, mode: bool = True) -> "Recover":
         """Leave BatchNorm's statistics alone."""
@@ -116,12 +136,22 @@ class Recover(Distillation):
 
         Args:
             state: State dict of a checkpoint of this module, to take the gains from; None takes its own.
+
+        Raises:
+            UserError: If the packed file, which has the codes, is gone.
         """
+        if not self._weights:
+            raise UserError(f"{self.packed} is gone, and the codes of this network are in it: put it back")
         state = self.state_dict() if state is None else state
         return {
             name: replace(weight, scale=state[f"gains.{i}"].detach().cpu() * weight.scale)
             for i, (name, weight) in enumerate(self._weights.items())
         }
+
+
+def packed_digest(path: Path) -> str:
+    """Return what tells one packed file from another."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def find_packed(path: str | Path, bits: int | None) -> Path:

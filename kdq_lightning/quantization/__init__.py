@@ -1,4 +1,4 @@
-"""Post-training quantization of any `nn.Module` from Gram matrices of its layer inputs; torch only."""
+"""Post-training quantization of any `nn.Module` from Gram matrices of its layer inputs, without Lightning."""
 
 from kdq_lightning.quantization.alphabet import QuantizedWeight
 from kdq_lightning.quantization.packing import load_packed

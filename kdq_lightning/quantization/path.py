@@ -130,7 +130,7 @@ def quantize(
 def split_by_memory(
     model: nn.Module, profile: Profile, recipes: Sequence[Recipe], images: int, limit: float
 ) -> list[list[Recipe]]:
-    """Split bit widths into groups that walk together within `limit` bytes, as few and as even as can be.
+    """Split bit widths into groups that walk together within `limit` bytes, as few as can be.
 
     Raises:
         UserError: If a single bit width takes more.
@@ -162,9 +162,7 @@ def gather_calibration(batches: Iterable[Tensor], like: Tensor, seed: int) -> Ca
         raise UserError("there are no calibration images: give at least one batch")
     if len({part.shape[1:] for part in parts}) > 1:
         raise UserError(f"calibration batches change their shape: {sorted({tuple(part.shape[1:]) for part in parts})}")
-    images = torch.cat(list(parts)).to(like)
-    if not bool(images.isfinite().all()):
-        raise UserError("the calibration images are not finite: they hold NaN or infinity")
+    images = torch.cat(parts).to(like) if parts else like.new_empty(0)
     counts = [len(images)]
     if dist.is_initialized():
         sizes = [torch.zeros(1, dtype=torch.int64, device=like.device) for _ in range(dist.get_world_size())]
@@ -173,4 +171,6 @@ def gather_calibration(batches: Iterable[Tensor], like: Tensor, seed: int) -> Ca
     rank = dist.get_rank() if dist.is_initialized() else 0
     if not min(counts):
         raise UserError(f"process {counts.index(0)} has no calibration images: give every process a share")
+    if not bool(images.isfinite().all()):
+        raise UserError("the calibration images are not finite: they hold NaN or infinity")
     return Calibration(images, sum(counts[:rank]), sum(counts), max(counts), seed)

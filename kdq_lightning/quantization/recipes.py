@@ -51,8 +51,8 @@ def make_recipe(bits: int, mode: str | None, **given: str | float | None) -> Rec
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if mode not in (None, "official"):
         raise UserError(f"unknown mode {mode!r}: leave it out, or choose 'official'")
-    if mode and changes.keys() - {"patch_fraction", "stochastic"}:
-        raise UserError(f"mode 'official' fixes {', '.join(sorted(changes))}: leave one of them out")
+    if mode and (fixed := changes.keys() - {"patch_fraction", "stochastic"}):
+        raise UserError(f"mode 'official' fixes {', '.join(sorted(fixed))}: leave out either these or the mode")
     recipe = replace(official_recipe(bits) if mode else best_recipe(bits), **changes)
     for name, choices in (("solver", SOLVERS), ("scale", SCALES)):
         if getattr(recipe, name) not in choices:

@@ -8,7 +8,7 @@ import numpy as np
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.report.budgets import budget_ranges, choose_file, pareto_front
-from kdq_lightning.report.rows import Cell, Measurement, Row
+from kdq_lightning.report.rows import Cell, Measurement, Row, whole_rows
 from kdq_lightning.report.significance import LEVEL, Difference, McNemar, holm, mcnemar, paired_bootstrap
 from kdq_lightning.results import FLOAT_BITS
 
@@ -90,10 +90,9 @@ def files_of(rows: Sequence[Row]) -> tuple[list[File], list[File]]:
     Raises:
         UserError: If the rows were measured on different test sets.
     """
-    whole = [row for row in rows if not row.partial] or rows
     sides: tuple[list[File], list[File]] = [], []
     images: dict[int, str] = {}
-    for row in whole:
+    for row in whole_rows(rows):
         for bits, cell in row.cells.items():
             if cell.selection is None or not cell.correct:
                 continue
@@ -181,7 +180,7 @@ def choose_measurement(
     """
     known = [
         (File(row, bits), m)
-        for row in rows
+        for row in whole_rows(rows)
         for bits, cell in row.cells.items()
         for m in cell.measurements
         if m.record.val_top1 is not None

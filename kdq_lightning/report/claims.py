@@ -8,11 +8,15 @@ from numpy.typing import NDArray
 
 from kdq_lightning.report.answer import is_teachers
 from kdq_lightning.report.published import SHARPER_DROP, published_drop
-from kdq_lightning.report.rows import Row
+from kdq_lightning.report.rows import Row, whole_rows
 from kdq_lightning.report.significance import LEVEL, Difference, holm, paired_bootstrap
 from kdq_lightning.results import FLOAT_BITS
 
-VERDICTS = {1: "drops more sharply than the teacher", -1: "drops less than the teacher", 0: "not distinguishable"}
+VERDICTS = {
+    1: "drops more sharply than the teacher",
+    -1: "drops less than the teacher",
+    0: "is not distinguishable from the teacher",
+}
 
 RESAMPLES = 2000  # there are some hundred such tests
 
@@ -45,7 +49,7 @@ def drops(rows: Sequence[Row]) -> list[Drop]:
 
     The p-values of one row against one reference are adjusted together (Holm), over its bit widths.
     """
-    whole = [row for row in rows if not row.partial] or list(rows)
+    whole = whole_rows(rows)
     found: list[Drop] = []
     for row in whole:
         lost = {bits: losses(row, bits) for bits in row.cells if bits != FLOAT_BITS}
@@ -148,6 +152,6 @@ def nearly_float(found: Sequence[Drop]) -> list[str]:
         else:
             text += f"; the smallest bit width within {NEAR:g} point of float is {smallest.bits} bits"
             text += f" ({format_difference(smallest.own, with_p=False)})"
-            text += f", and with its whole interval {f'{certain.bits} bits' if certain else 'none'}"
+            text += f"; with its whole interval, {f'{certain.bits} bits' if certain else 'none'}"
         sentences.append(f"{text}.")
     return sentences

@@ -78,7 +78,7 @@ def _claims(dataset: str, rows: Sequence[Row], found: str | None, lost: Sequence
     claimed = f"the quantized {WINNER[dataset]} wins here" if dataset in WINNER else "nothing on this data set"
     blocks = [
         f"### {dataset}",
-        f"**Which track wins.** Published: {claimed}. At equal bytes {VERDICTS[found]}.",
+        f"**Which track wins.** Published: {claimed}. Measured, at equal bytes: {VERDICTS[found]}.",
         "**Does the student drop more sharply?** Loss from float minus the teacher's loss, in points:\n\n"
         + _bullets(sharper_drop(lost, rows)),
         "**Do quantized networks nearly match float?** Loss from float, in points:\n\n" + _bullets(nearly_float(lost)),

@@ -120,6 +120,11 @@ class Row:
         return any(m.record.partial for cell in self.cells.values() for m in cell.measurements)
 
 
+def whole_rows(rows: Sequence[Row]) -> Sequence[Row]:
+    """Return the rows that were measured on all images; where there are none, those measured on a part."""
+    return [row for row in rows if not row.partial] or rows
+
+
 def read_rows(folders: Sequence[Path]) -> tuple[dict[str, list[Row]], list[str]]:
     """Read every record below the folders.
 

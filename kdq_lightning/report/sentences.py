@@ -10,10 +10,10 @@ from kdq_lightning.report.rows import Row
 from kdq_lightning.report.tables import MISSING
 
 VERDICTS = {
-    "student": "the quantized student wins",
-    "teacher": "the quantized teacher wins",
+    "student": "the student wins",
+    "teacher": "the teacher wins",
     "both": "each wins somewhere",
-    "": "quantized student and quantized teacher are not distinguishable",
+    "": "student and teacher are not distinguishable",
     None: "nothing could be compared",
 }
 

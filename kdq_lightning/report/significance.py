@@ -32,11 +32,6 @@ class Difference(NamedTuple):
     p: float
     runs: int
 
-    @property
-    def distinguishable(self) -> bool:
-        """Whether the test at `LEVEL` tells the two sides apart."""
-        return self.p < LEVEL
-
 
 class McNemar(NamedTuple):
     """McNemar's test of two classifiers on the same images.

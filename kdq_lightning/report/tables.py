@@ -5,12 +5,11 @@ import io
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kdq_lightning.report.published import published_top1
+from kdq_lightning.report.published import BITS, published_top1
 from kdq_lightning.report.rows import Cell, Row
 from kdq_lightning.results import FLOAT_BITS
 
 MISSING = "missing"
-PUBLISHED_BITS = (2, 3, 4, 5, 6, 7, 8, FLOAT_BITS)
 
 
 class Entry(NamedTuple):
@@ -29,7 +28,7 @@ class Table(NamedTuple):
 
 def bit_widths(rows: Sequence[Row]) -> list[int]:
     """Return the columns: the published bit widths and whatever else there is."""
-    return sorted({*PUBLISHED_BITS, *(bits for row in rows for bits in row.cells)})
+    return sorted({*BITS, *(bits for row in rows for bits in row.cells)})
 
 
 def table_of_bytes(rows: Sequence[Row]) -> Table:

@@ -120,7 +120,7 @@ def make_plan(runs: Sequence[Run], minutes: float, devices: int, path: Path) -> 
     if share is None:
         raise UserError(
             f"{minutes:g} minutes are too few: quantization and an epoch at every image size take about"
-            f" {total_minutes(planned, 0, at_once) / USED:.0f}; give more, or leave runs or seeds away"
+            f" {total_minutes(planned, 0, at_once) / USED:.0f}; give more, or drop runs or seeds"
         )
     projected = total_minutes(planned, share, at_once)
     content = {
@@ -184,14 +184,17 @@ class Meter:
 
     def _cost(self, run: Run, sizes: Sequence[int], options: Mapping[str, Any]) -> Cost:
         data, config = self.data(run), self.configs[run]
-        model, quantization = config["model"]["init_args"], config["quantization"]
-        networks = model.get("networks") or [model["network"]]
+        model, quantization = config["model"], config["quantization"]
+        networks = model["init_args"].get("networks") or [model["init_args"]["network"]]
         forward = sum(self.forward_seconds(name, data) for name in networks)
         after = 0.0
+        kind: type[Classifier] = load_class(model["class_path"])
         if quantization["enabled"]:
-            widths = len(quantization["bits"])
+            widths = 0 if kind.carries_codes else len(quantization["bits"])
             evaluated = len(data.val_index) + quantization["test"] * len(data.test_set)
             after = (widths + 1) * evaluated * forward
+            if issubclass(kind, Distillation):
+                after += evaluated * self.forward_seconds(self._teacher_network(run), data)
             images = quantization["calibration_images"]
             after += widths * sum(self.quantization_seconds(name, data, images) for name in networks)
         if run.command != "fit":
@@ -207,11 +210,11 @@ class Meter:
         """Return the seconds of a Trainer step on images of a size, with an untrained teacher."""
         model, data = self.configs[run]["model"], self.data(run)
         kind: type[Classifier] = load_class(model["class_path"])
+        teacher = self._teacher_network(run) if issubclass(kind, Distillation) else None
+        if teacher and self._finds_answers(run) and not issubclass(kind, HintKD):  # which needs features, too
+            kind, teacher = Classifier, None
         if issubclass(kind, HintKD | Recover):
             kind = VanillaKD  # which costs as much or more
-        teacher = self._teacher_network(run) if issubclass(kind, Distillation) else None
-        if teacher and self._finds_answers(run):
-            kind, teacher = Classifier, None
         given: dict[str, Any] = {key: model["init_args"].get(key) for key in ("network", "networks")}
         given = {key: value for key, value in given.items() if value} | ({"teacher": "in memory"} if teacher else {})
 

@@ -30,7 +30,7 @@ def main(args: list[str]) -> int:
     if options.devices < 1:
         raise UserError(f"--devices must be at least 1, got {options.devices}")
     if options.results is not None and not options.results.is_dir():
-        raise UserError(f"--results {options.results} is no folder: give one that holds run folders")
+        raise UserError(f"--results {options.results} is not a folder: give one that holds run folders")
     plan = ROOT / options.config.stem / PLAN
     runs = read_plan(options.config, ROOT)
     if plan.is_file():
@@ -52,11 +52,17 @@ def main(args: list[str]) -> int:
         folders = dict.fromkeys(folder for found in done.values() for folder in found)
         write_report(list(folders), ROOT / options.config.stem / "report")
     for run in missing:
-        log = f"see {run.log}" if run in failed else "its teacher is missing"
-        print(f"not done: {run.label} ({log})")
+        print(f"not done: {run.label} ({_reason(run, failed)})")
     if missing:
         print(f"{len(missing)} of {len(runs)} runs are not done; the same command goes on with them")
     return int(bool(missing))
+
+
+def _reason(run: Run, failed: Sequence[Run]) -> str:
+    """Return why a run has not all of its records."""
+    if needed := [other.name for other in failed if other.name in run.needs and other.seed == run.seed]:
+        return f"it needs {' and '.join(needed)}"
+    return f"it failed, see {run.log}" if run in failed else f"it ended without all its records, see {run.log}"
 
 
 def still_to_run(runs: Sequence[Run], done: dict[Run, list[Path]]) -> list[Run]:

@@ -12,9 +12,10 @@ from typing import TextIO
 import torch
 
 from kdq_lightning.cli import main, read_settings
-from kdq_lightning.results import version_hash
+from kdq_lightning.config_hash import version_hash
 from kdq_lightning.study.plan import Run
 from kdq_lightning.study.progress import Progress
+from kdq_lightning.study.provenance import is_outdated
 
 QUIET = ("--trainer.enable_progress_bar=false",)  # what is printed goes into a log
 
@@ -34,8 +35,12 @@ def execute(runs: Sequence[Run], devices: int, progress: Progress) -> list[Run]:
 
 
 def arguments_of(run: Run) -> list[str]:
-    """Return a run's command line; one that was cut off goes on, unless its settings were others."""
-    goes_on = run.unfinished is not None and version_hash(run.unfinished) == read_settings(run.arguments).config_hash
+    """Return a run's command line; one that was cut off goes on, unless its settings or its teacher were others."""
+    goes_on = (
+        run.unfinished is not None
+        and version_hash(run.unfinished) == read_settings(run.arguments).config_hash
+        and not is_outdated(run, run.unfinished)
+    )
     return [*run.arguments, *QUIET, *(["--ckpt_path", "last"] if goes_on else [])]
 
 

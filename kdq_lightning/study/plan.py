@@ -119,14 +119,14 @@ def read_plan(path: Path, root: Path) -> list[Run]:
             f"{path} cannot be read ({error.strerror}): name a study such as configs/study_cpu.yaml"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML ({error})") from error
+        raise UserError(f"{path} is not valid YAML ({error})") from error
     study = _checked(path, "the study", content, required={"runs"}, optional={"seeds", "overrides"})
     seeds, entries = _seeds(path, "the study", study, default=[0]), study["runs"]
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{path}: runs must be names with a config each")
     for name, entry in entries.items():
         if strange := set(_seeds(path, name, entry, default=seeds)) - set(seeds):
-            raise UserError(f"{path}: run {name} has the seeds {sorted(strange)}, which the study has not")
+            raise UserError(f"{path}: run {name} has the seeds {sorted(strange)}, which are not among the study's")
     everyones = _overrides(path, "the study", study)
     planned = _read_planned(root / path.stem / PLAN)
     if planned and (unplanned := entries.keys() - planned.keys()):
@@ -202,7 +202,7 @@ def _read_planned(path: Path) -> dict[str, Mapping[str, Any]]:
         runs = yaml.safe_load(path.read_text(encoding="utf-8"))["runs"]
         return {name: dict(entry["options"]) for name, entry in runs.items()}
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no plan ({error}): delete it, and give --budget_minutes again") from error
+        raise UserError(f"{path} is not a plan ({error}): delete it, and give --budget_minutes again") from error
 
 
 def _seeds(path: Path, what: str, entry: object, default: list[int]) -> list[int]:

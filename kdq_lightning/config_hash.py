@@ -1,0 +1,65 @@
+"""The hash that says which records are of the same configuration."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+WITHOUT_EFFECT = {
+    "model": {"teacher_cache"},
+    "data": {"root", "download", "seed"},  # the seed is a field of its own
+    "trainer": {
+        *("accelerator", "devices", "num_nodes", "strategy", "plugins", "default_root_dir", "fast_dev_run"),
+        *("logger", "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "num_sanity_val_steps"),
+        *("limit_predict_batches", "inference_mode", "profiler", "detect_anomaly", "barebones"),
+        *("enable_autolog_hparams", "model_registry"),
+    },
+    "quantization": {"bits", "enabled"},  # each bit width is a record of its own
+}
+
+
+def config_hash(config: Mapping[str, Any], weights: str | None = None) -> str:
+    """Return 12 hexadecimal digits that tell runs apart which may give different results.
+
+    Two runs that differ only in seed, device, number of ranks, loggers or place share them.
+
+    Args:
+        config: What `config.yaml` of a run holds: the sections model, data, trainer and quantization count. Options
+            that are None don't, so that a release which adds one still finds its records. Paths of networks below
+            `trainer.default_root_dir` count from there. Of images without a name, their folder's name counts.
+        weights: What stands for the trained weights instead of their path, for `kdq quantize`: the hash of the run that
+            trained them, or a digest of their file.
+    """
+    root = Path(config["trainer"].get("default_root_dir") or ".").absolute()
+    what = {section: _with_effect(section, config.get(section) or {}) for section in WITHOUT_EFFECT}
+    images = (config.get("data") or {}).get("init_args") or {}
+    if "dataset" not in images and images.get("root") is not None:
+        what["data"]["root"] = Path(images["root"]).resolve().name
+    arguments = what["model"].get("init_args", {})
+    for key in ("teacher", "packed", "weights"):
+        if isinstance(arguments.get(key), str) and Path(arguments[key]).absolute().is_relative_to(root):
+            arguments[key] = Path(arguments[key]).absolute().relative_to(root).as_posix()
+    if weights is not None:
+        arguments["weights"] = weights
+    return hashlib.blake2b(json.dumps(what, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+
+
+def version_hash(version: Path) -> str | None:
+    """Return the hash of the settings that a version's folder was started with, None if it doesn't say."""
+    try:
+        return config_hash(yaml.safe_load((version / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _with_effect(section: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a section's options (a class's `init_args` among them) without those that change no result."""
+    ignored = WITHOUT_EFFECT.get(section, set())
+    return {
+        key: _with_effect(section, value) if isinstance(value, Mapping) else value
+        for key, value in options.items()
+        if value is not None and key not in ignored
+    }
