@@ -1,15 +1,22 @@
 """Benchmarks: calls take turns, the warm-up isn't counted, and the figures are each other's."""
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from kdq_lightning.bench import data, step
 from kdq_lightning.bench.measure import Timing, hardware, interleaved
+from kdq_lightning.cli import main
+from kdq_lightning.data.datamodules import DigitsDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
+from kdq_lightning.study import budget
+from tests.conftest import CONFIGS
 
 
 def test_functions_take_turns_after_a_warm_up():
@@ -89,3 +96,24 @@ def test_step_benchmark(capsys):
         assert f"{figures[f'{name}_efficiency']:.3f}" in printed
     with pytest.raises(UserError, match=r"unknown strategies.*'nonsense'.*choose from control"):
         step.run(parser.parse_args(['--strategies=["nonsense"]']))
+
+
+def test_a_config_is_projected(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Known seconds of the quickstart: 2 s a step for two peers; the config stays as it is."""
+    monkeypatch.setattr(budget.Meter, "forward_seconds", lambda *_: 0.01)
+    monkeypatch.setattr(budget.Meter, "quantization_seconds", lambda *_: 3.0)
+    monkeypatch.setattr(budget, "trainer_seconds", lambda module, _, steps, **__: steps * len(module.networks()))
+    assert main(["bench", "project", f"--config={CONFIGS / 'quickstart.yaml'}", "--json=new/folder/minutes.json"]) == 0
+    settings = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    data = DigitsDataModule(**settings["data"]["init_args"])
+    data.setup()
+    figures = json.loads(Path("new/folder/minutes.json").read_text())
+    epoch = 2 * (len(data.train_index) // data.batch_size) + 2 * 0.01 * len(data.val_index)
+    widths, evaluated = len(settings["quantization"]["bits"]), len(data.val_index) + len(data.test_set)
+    assert figures["epochs"] == settings["trainer"]["max_epochs"]
+    assert figures["seconds_an_epoch"] == pytest.approx(epoch)
+    assert figures["training_minutes"] == pytest.approx(figures["epochs"] * epoch / 60)
+    assert figures["after_minutes"] == pytest.approx(2 * (3 * widths + (widths + 1) * evaluated * 0.01) / 60)
+    assert f"{figures['training_minutes']:.1f}" in capsys.readouterr().out
+    assert main(["bench", "project", "--config=none.yaml"]) == 1
+    assert "none.yaml does not exist: give a config" in capsys.readouterr().err

@@ -8,10 +8,12 @@ from kdq_lightning.arguments import OneLineErrors
 from kdq_lightning.files import write_atomically
 
 SUBJECTS = {
-    "data": "images/s of loader and augmentation",
-    "step": "images/s of the Trainer against a bare loop",
-    "quantization": "accuracy and seconds of GPFQ against the published code",
-    "evaluation": "images/s of a network, its packed file and its exports",
+    "data": ("data", "images/s of loader and augmentation"),
+    "step": ("step", "images/s of the Trainer against a bare loop, by strategy"),
+    "strategies": ("step", "the same"),
+    "quantization": ("quantization", "accuracy and seconds of GPFQ against the published code"),
+    "evaluation": ("evaluation", "images/s of a network, its packed file and its exports"),
+    "project": ("project", "minutes that a config takes on this machine"),
 }
 
 
@@ -19,8 +21,8 @@ def main(args: list[str]) -> int:
     """Run one benchmark, print its tables, and write its figures where `--json` says."""
     parser = OneLineErrors(prog="kdq bench", description="Throughput against the limit that the same process measures.")
     subcommands = parser.add_subcommands(dest="subject")
-    modules = {name: importlib.import_module(f"kdq_lightning.bench.{name}") for name in SUBJECTS}
-    for name, text in SUBJECTS.items():
+    modules = {name: importlib.import_module(f"kdq_lightning.bench.{module}") for name, (module, _) in SUBJECTS.items()}
+    for name, (_, text) in SUBJECTS.items():
         subject = OneLineErrors(description=modules[name].__doc__)
         modules[name].add_arguments(subject)
         subject.add_argument("--json", type=Path | None, default=None, help="File that gets the figures.")

@@ -169,13 +169,17 @@ class Meter:
             options[SIZES] = [round(share * data.image_size) for share in CPU_SIZES]
         return options
 
-    def plan(self, run: Run) -> PlannedRun:
+    def plan(self, run: Run, as_it_is: bool = False) -> PlannedRun:
         """Measure a run.
+
+        Args:
+            run: One of the study.
+            as_it_is: Change nothing of its config to suit this machine.
 
         Raises:
             UserError: If it isn't trained by epochs, or its teacher isn't known.
         """
-        options, data = self.options(run), self.data(run)
+        options, data = {} if as_it_is else self.options(run), self.data(run)
         sizes = options.get(SIZES) or data.image_sizes or [data.image_size]
         epochs = self.configs[run]["trainer"]["max_epochs"] if run.command == "fit" else 0
         if epochs is None or epochs < 0:

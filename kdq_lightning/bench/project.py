@@ -1,0 +1,48 @@
+"""Minutes that `kdq fit` of a config takes on this machine, from a few measured steps."""
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from kdq_lightning.bench.measure import hardware, print_table
+from kdq_lightning.errors import UserError
+from kdq_lightning.study.budget import Meter
+from kdq_lightning.study.plan import Run
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the benchmark's options."""
+    parser.add_argument("--config", type=Path, required=True, help="Config of the run, such as configs/dml_cpu.yaml.")
+    parser.add_argument("--root", type=str | None, default=None, help="Folder of its images, if not the config's.")
+    parser.add_argument(
+        "--teacher_network", type=str | None, default=None, help="The teacher's network, if it isn't there yet."
+    )
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Print the projection, and return the figures.
+
+    Raises:
+        UserError: If the config isn't there or is no run's, its images or its teacher are missing.
+    """
+    if not args.config.is_file():
+        raise UserError(f"{args.config} does not exist: give a config such as configs/dml_cpu.yaml")
+    options = ["--config", str(args.config)]
+    options += [f"--data.root={args.root}"] if args.root else []
+    options += [f"--model.init_args.teacher_network={args.teacher_network}"] if args.teacher_network else []
+    meter = Meter([Run(args.config.stem, 0, "fit", tuple(options), Path("runs"), needs=())])
+    planned = meter.plan(meter.runs[0], as_it_is=True)
+    training, after = planned.wanted * planned.cost.epoch / 60, planned.cost.after / 60
+    print_table(
+        f"{args.config}, projected",
+        ["epochs", "s an epoch", "training, minutes", "quantization and test, minutes", "in all"],
+        [[str(planned.wanted), *(f"{x:.1f}" for x in (planned.cost.epoch, training, after, training + after))]],
+    )
+    return {
+        "hardware": hardware(),
+        "epochs": planned.wanted,
+        "seconds_an_epoch": planned.cost.epoch,
+        "training_minutes": training,
+        "after_minutes": after,
+    }
