@@ -359,7 +359,7 @@ def test_unwritable_folder_means_no_cache(tree, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folders, "save_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert equal(read(tree), fresh)
     assert not cached(tree).exists()
 

@@ -7,17 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kdq_lightning.data.images import ImageSet, canonical_set
 from kdq_lightning.errors import UserError
+from kdq_lightning.files import write_atomically
 
 _THREADS = 4
 _FORMAT = "1"  # counts up when the same files would give other tensors
@@ -121,10 +121,6 @@ def _load(cache: Path, key: str) -> tuple[Tensor, Tensor] | None:
 def _save(cache: Path, key: str, images: ImageSet) -> None:
     """Write the cache where that is possible; a reader, or a second writer, never meets half a file."""
     metadata = {"key": key, "checksum": _checksum(images.images, images.labels)}
-    temporary = cache.with_name(f"{cache.name}.{uuid4().hex}")
-    try:
-        save_file({"images": images.images, "labels": images.labels}, temporary, metadata)
-        temporary.replace(cache)
-    except (OSError, SafetensorError):  # a folder that can't be written to is decoded each time
-        with suppress(OSError):
-            temporary.unlink()
+    content = save({"images": images.images, "labels": images.labels}, metadata)
+    with suppress(UserError):  # a folder that can't be written to is decoded each time
+        write_atomically(cache, content)
