@@ -13,14 +13,15 @@ from PIL import Image
 from kdq_lightning.cli import main
 from kdq_lightning.errors import UserError
 from kdq_lightning.report.answer import choose_measurement, duels_by_budget, duels_by_file, files_of
-from kdq_lightning.report.claims import drops
+from kdq_lightning.report.claims import drops, format_difference
 from kdq_lightning.report.command import write_report
+from kdq_lightning.report.gains import table_of_gains
 from kdq_lightning.report.published import BITS, TOP1, published_drop, published_top1
 from kdq_lightning.report.rows import read_rows
 from kdq_lightning.report.sentences import Wishes, shipped, verdict
-from kdq_lightning.report.significance import paired_bootstrap
+from kdq_lightning.report.significance import holm, paired_bootstrap
 from kdq_lightning.report.tables import table_by_bits, to_csv, to_latex, to_markdown
-from kdq_lightning.results import CORRECT, read_records, write_records
+from kdq_lightning.results import CORRECT, read_correct, read_records, write_records
 from tests.records import ACCURACIES, WIDTHS, draw_correct, write_run, write_study
 
 STRATEGIES = list(ACCURACIES)
@@ -148,6 +149,33 @@ def test_duels_are_those_of_brute_force(study: Path):
     for duel in duels_by_file(students, teachers):
         for file, other in ((duel.student, duel.teacher), (duel.teacher, duel.student)):
             assert file is None or other is None or max(file.size, other.size) == duel.low
+
+
+def test_gains_are_over_the_control_of_the_same_network_and_codebook(tmp_path: Path):
+    """Points by hand from the drawn answers, of the seeds' means; the p-values of a row are adjusted together."""
+    runs = {"control": {4: 90, 32: 91}, "vanilla": {4: 90.5, 32: 93, 5: 92}}
+    for seed in (0, 1):
+        for name, accuracies in runs.items():
+            write_run(tmp_path / f"{name}{seed}", name, accuracies, seed=seed)
+    write_run(tmp_path / "paper", "control", {4: 50}, run="control_paper", codebook="paper", config_hash="other")
+    write_run(tmp_path / "t", "teacher", {4: 95, 32: 96}, network="resnet50")
+    rows = read_rows([tmp_path])[0]["cifar10"]
+    header, line = table_of_gains(rows).header, table_of_gains(rows).rows
+    assert len(line) == 1 and line[0][0].text == "Vanilla KD (resnet18)"
+    found = dict(zip(header[1:], (entry.text for entry in line[0][1:]), strict=True))
+    expected, vectors = {}, [read_correct(tmp_path / f"{name}{seed}") for name in runs for seed in (0, 1)]
+    for bits in (4, 32):
+        control, student = (
+            np.stack([vector[f"resnet18/test/{bits}"].numpy() for vector in pair])
+            for pair in (vectors[:2], vectors[2:])
+        )
+        expected[bits] = paired_bootstrap(student, control)
+        assert expected[bits].points == pytest.approx(100 * (student.mean() - control.mean()))
+    adjusted = holm([expected[4].p, expected[32].p])
+    for bits, p, name in ((4, adjusted[0], "4 bits"), (32, adjusted[1], "float (32 bits)")):
+        assert found[name] == format_difference(expected[bits]._replace(p=p))
+    assert found["5 bits"] == found["2 bits"] == "missing"
+    assert table_of_gains([row for row in rows if row.strategy != "control"]) is None
 
 
 def test_choice_never_looks_at_the_test(tmp_path: Path):

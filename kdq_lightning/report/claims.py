@@ -78,14 +78,19 @@ def _versus(row: Row, bits: int, own: NDArray[np.int8], rows: Sequence[Row], str
     others = [other for other in rows if other.strategy == strategy and losses(other, bits) is not None]
     if row.strategy == strategy or not others:
         return None
+    reference = losses(most_alike(row, bits, others), bits)
+    assert reference is not None
+    return paired_bootstrap(own, reference, RESAMPLES) if reference.shape[1] == own.shape[1] else None
+
+
+def most_alike(row: Row, bits: int, others: Sequence[Row]) -> Row:
+    """Return the row that is quantized like the given one if there is such, then the one of the same network."""
 
     def likeness(other: Row) -> tuple[bool, bool]:
         first, second = (r.cells[bits].measurements[0].record for r in (row, other))
         return (first.solver, first.codebook) == (second.solver, second.codebook), row.network == other.network
 
-    reference = losses(max(others, key=likeness), bits)
-    assert reference is not None
-    return paired_bootstrap(own, reference, RESAMPLES) if reference.shape[1] == own.shape[1] else None
+    return max(others, key=likeness)
 
 
 def _adjusted(row_drops: list[Drop]) -> list[Drop]:

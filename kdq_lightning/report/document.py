@@ -6,6 +6,7 @@ from typing import NamedTuple
 from kdq_lightning.figures import render
 from kdq_lightning.report.answer import Duel, File, duels_by_budget, duels_by_file, files_of
 from kdq_lightning.report.claims import Drop, drops, format_difference, format_p, nearly_float, sharper_drop
+from kdq_lightning.report.gains import table_of_gains
 from kdq_lightning.report.pictures import figures_of
 from kdq_lightning.report.published import WINNER
 from kdq_lightning.report.rows import TITLES, Row
@@ -121,6 +122,7 @@ def _section(
         "### Equal bytes",
         "Each file against the opponent's best file of no more bytes; files that their own side beats are left out.",
         to_markdown(_duel_table(duels)),
+        *_gains(rows),
         "### Loss from float",
         "Points lost from float to b bits, and that minus the control's and the teacher's loss.",
         to_markdown(_drop_table(lost)),
@@ -129,6 +131,14 @@ def _section(
         *_measures(dataset, rows, figures),
     ]
     return "\n\n".join(blocks)
+
+
+def _gains(rows: Sequence[Row]) -> list[str]:
+    table = table_of_gains(rows)
+    if table is None:
+        return []
+    caption = "Test accuracy minus that of the same network trained without a teacher, at equal bits, in points."
+    return ["### Gain over the control", caption, to_markdown(table)]
 
 
 def _seeds(rows: Sequence[Row]) -> str:

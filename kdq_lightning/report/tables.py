@@ -35,7 +35,7 @@ def table_of_bytes(rows: Sequence[Row]) -> Table:
     """Return the sizes of the files."""
     widths = bit_widths(rows)
     texts = [[f"{row.cells[bits].packed_bytes:,}" if bits in row.cells else MISSING for bits in widths] for row in rows]
-    header = ["", *(_heading(bits, []) for bits in widths)]
+    header = ["", *(heading(bits, []) for bits in widths)]
     return Table(header, [[Entry(row.label), *map(Entry, line)] for row, line in zip(rows, texts, strict=True)])
 
 
@@ -57,12 +57,13 @@ def table_by_bits(
     """
     widths = bit_widths(rows)
     levels = {bits: sorted({row.cells[bits].levels or 0 for row in rows if bits in row.cells} - {0}) for bits in widths}
-    header = ["", *(_heading(bits, levels[bits]) for bits in widths)]
+    header = ["", *(heading(bits, levels[bits]) for bits in widths)]
     columns = [_column(rows, bits, field, decimals, best, published, len(levels[bits]) > 1) for bits in widths]
     return Table(header, [[Entry(row.label), *entries] for row, *entries in zip(rows, *columns, strict=True)])
 
 
-def _heading(bits: int, levels: list[int]) -> str:
+def heading(bits: int, levels: list[int]) -> str:
+    """Return a column's title; levels are named where there is one number of them."""
     if bits == FLOAT_BITS:
         return "float (32 bits)"
     plural = "s" if bits > 1 else ""
