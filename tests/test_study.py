@@ -1,5 +1,6 @@
 """Studies: plans, what is done, what failed, several at once, and a whole one on digits that is cut off and resumed."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -217,7 +218,8 @@ def test_several_at_once(workspace: Path, monkeypatch: pytest.MonkeyPatch):
     running: dict[str, subprocess.Popen] = {}
     most, order = 0, []
 
-    def launch(run: Run, device: int) -> subprocess.Popen:
+    def launch(run: Run, device: int, threads: int) -> subprocess.Popen:
+        assert threads == max(os.cpu_count() // 2, 1)
         nonlocal most
         alive = [name for name, process in running.items() if process.poll() is None]
         assert not set(run.needs) & set(alive) and set(run.needs) <= set(running)
@@ -330,19 +332,22 @@ def test_killed_quickstart_study(workspace: Path):
 
 
 def test_two_processes_see_their_gpus(workspace: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each process has one of the visible GPUs."""
+    """Each process has one of the visible GPUs, and its share of the cores."""
     seen = []
 
     class FakeProcess:
         def __init__(self, command: list[str], env: dict[str, str], **_: object):
-            seen.append((env["CUDA_VISIBLE_DEVICES"], command[3:6]))
+            seen.append((env["CUDA_VISIBLE_DEVICES"], env["OMP_NUM_THREADS"], command[3:6]))
 
     monkeypatch.setattr(execution.subprocess, "Popen", FakeProcess)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    for device, run in enumerate(make_runs("a", "b")):
-        execution._launch(run, device)
-    assert seen == [("4", ["fit", "--name", "a"]), ("6", ["fit", "--name", "b"])]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    first, second = make_runs("a", "b")
+    execution._launch(first, 0, threads=3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # the user knows better
+    execution._launch(second, 1, threads=3)
+    assert seen == [("4", "3", ["fit", "--name", "a"]), ("6", "5", ["fit", "--name", "b"])]
 
 
 def test_plan_needs_a_readable_file(tmp_path: Path):

@@ -77,7 +77,8 @@ def _call(run: Run, log: TextIO) -> bool:
 
 
 def run_at_once(runs: Sequence[Run], devices: int, progress: Progress) -> list[Run]:
-    """Run up to `devices` processes at once; where there are GPUs, each sees one."""
+    """Run up to `devices` processes at once, which share the cores; where there are GPUs, each sees one."""
+    threads = max((os.cpu_count() or 1) // devices, 1)  # with a thread a core in each they crawl
     waiting, failed = list(runs), []
     busy: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}
     try:
@@ -92,7 +93,7 @@ def run_at_once(runs: Sequence[Run], devices: int, progress: Progress) -> list[R
             ready = [run for run in waiting if not any(_needs(run, other) for other in unfinished)]
             for device, run in zip((d for d in range(devices) if d not in busy), ready, strict=False):
                 progress.start(run)
-                busy[device] = run, _launch(run, device)
+                busy[device] = run, _launch(run, device, threads)
                 waiting.remove(run)
             time.sleep(0.1)
     finally:
@@ -103,8 +104,8 @@ def run_at_once(runs: Sequence[Run], devices: int, progress: Progress) -> list[R
     return failed
 
 
-def _launch(run: Run, device: int) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
+def _launch(run: Run, device: int, threads: int) -> subprocess.Popen[bytes]:
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     if torch.cuda.is_available():
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
