@@ -19,7 +19,7 @@ def sentence_for(error: BaseException | None) -> str | None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return f"the memory is full ({error}): give smaller batches (--data.batch_size) or a smaller network"
         if isinstance(error, OSError) and error.strerror:
-            return f"{error.strerror}: {error.filename or 'a file'}; nothing was written: mend it and try again"
+            return f"{error.strerror}: {error.filename or 'a file'}; mend it and give the same command again"
         error = error.__cause__ or error.__context__
     return None
 

@@ -34,3 +34,16 @@ def test_the_first_bad_step_is_kept(bad: float):
         assert epoch.bad_step(STRATEGY) == (-1 if step < 42 else 41)
         epoch.add({"loss": torch.tensor(loss)}, images=2, step=step)
     assert epoch.bad_step(STRATEGY) == 41
+
+
+def test_the_first_bad_step_of_all_ranks():
+    """The others follow a step later, through the gradients that they share."""
+    strategies = []
+    for other in (3.0, 41.0, float("inf")):
+        strategy = SingleDeviceStrategy("cpu")
+        strategy.reduce = lambda mine, reduce_op, other=other: {"min": min, "max": max}[reduce_op](float(mine), other)
+        strategies.append(strategy)
+    epoch = TrainingEpoch(torch.device("cpu"))
+    assert [epoch.bad_step(strategy) for strategy in strategies] == [3, 41, -1]
+    epoch.add({"loss": torch.tensor(float("nan"))}, images=2, step=40)
+    assert [epoch.bad_step(strategy) for strategy in strategies] == [3, 40, 40]

@@ -159,6 +159,7 @@ def test_gains_are_over_the_control_of_the_same_network_and_codebook(tmp_path: P
             write_run(tmp_path / f"{name}{seed}", name, accuracies, seed=seed)
     write_run(tmp_path / "paper", "control", {4: 50}, run="control_paper", codebook="paper", config_hash="other")
     write_run(tmp_path / "t", "teacher", {4: 95, 32: 96}, network="resnet50")
+    write_run(tmp_path / "big", "control", {4: 95, 5: 95, 32: 96}, network="resnet50", config_hash="big")
     rows = read_rows([tmp_path])[0]["cifar10"]
     header, line = table_of_gains(rows).header, table_of_gains(rows).rows
     assert len(line) == 1 and line[0][0].text == "Vanilla KD (resnet18)"

@@ -219,7 +219,7 @@ def test_several_at_once(workspace: Path, monkeypatch: pytest.MonkeyPatch):
     most, order = 0, []
 
     def launch(run: Run, device: int, threads: int) -> subprocess.Popen:
-        assert threads == max(os.cpu_count() // 2, 1)
+        assert threads == max(len(os.sched_getaffinity(0)) // 2, 1)
         nonlocal most
         alive = [name for name, process in running.items() if process.poll() is None]
         assert not set(run.needs) & set(alive) and set(run.needs) <= set(running)
@@ -273,31 +273,40 @@ def test_a_whole_study(workspace: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(workspace: Path, capsys):
-    """Its students are trained from the beginning, done or cut off; runs without a teacher stay done."""
-    control = {"config": "control_cpu.yaml", "overrides": TINY["runs"]["teacher"]["overrides"]}
-    runs = {**TINY["runs"], "dkd": {**TINY["runs"]["vanilla"], "config": "dkd_cpu.yaml"}, "control": control}
-    assert main(["study", str(write_plan({**TINY, "runs": runs}))]) == 0
+    """Its students start anew, done or cut off, and what was quantized of them; runs without a teacher stay done."""
+
+    def left(path: Path) -> set[str]:
+        capsys.readouterr()
+        assert main(["study", str(path), "--dry_run"]) == 0
+        return {line.split(" --name ")[1].split()[0] for line in capsys.readouterr().out.splitlines() if line}
+
+    def newest(name: str) -> str:
+        return max(folder.name for folder in Path("runs/tiny/seed3", name).glob("version_*"))
+
+    small = TINY["runs"]["teacher"]["overrides"]
+    paper = {**small, "quantization.codebook": "paper"}
+    runs = {
+        **TINY["runs"],
+        "dkd": {**TINY["runs"]["vanilla"], "config": "dkd_cpu.yaml"},
+        "control": {"config": "control_cpu.yaml", "overrides": small},
+        "vanilla_paper": {"config": "vanilla_cpu.yaml", "quantizes": "vanilla", "overrides": paper},
+    }
+    first = write_plan({**TINY, "runs": runs}).read_text()
+    assert main(["study", "tiny.yaml"]) == 0 and left(Path("tiny.yaml")) == set()
     dkd = Path("runs/tiny/seed3/dkd/version_0")
     (dkd / "finished").unlink()
     (dkd / "quantized.csv").unlink()  # cut off
-    teacher = {**runs["teacher"], "overrides": {**runs["teacher"]["overrides"], "trainer.max_epochs": 2}}
-    path = write_plan({**TINY, "runs": {**runs, "teacher": teacher}})
-    names = {"teacher", "vanilla", "dkd"}
-    capsys.readouterr()
-    assert main(["study", str(path), "--dry_run"]) == 0
-    assert {line.split(" --name ")[1].split()[0] for line in capsys.readouterr().out.splitlines()} == names
-    plan = read_plan(path, Path("runs"))
-    assert main(execution.arguments_of(plan[0])) == 0  # the study is killed behind its teacher
-    capsys.readouterr()
-    assert main(["study", str(path), "--dry_run"]) == 0
-    left = {line.split(" --name ")[1].split()[0] for line in capsys.readouterr().out.splitlines()}
-    assert left == names - {"teacher"}
-    assert main(["study", str(path)]) == 0
-    for name in ("teacher", "vanilla", "dkd", "control"):
-        newest = max(folder.name for folder in Path("runs/tiny/seed3", name).glob("version_*"))
-        assert newest == ("version_0" if name == "control" else "version_1")
-    capsys.readouterr()
-    assert main(["study", str(path), "--dry_run"]) == 0 and not capsys.readouterr().out.strip()
+    longer = {**runs["teacher"], "overrides": {**small, "trainer.max_epochs": 2}}
+    path = write_plan({**TINY, "runs": {**runs, "teacher": longer}})
+    assert left(path) == {"teacher", "dkd"}
+    assert main(["study", str(path)]) == 0 and left(path) == set()
+    for name in ("teacher", "vanilla", "dkd", "vanilla_paper-quantized"):
+        assert newest(name) == "version_1", name
+    assert newest("control") == "version_0"
+    path.write_text(first)  # the first teacher's records are there, its weights are not
+    assert left(path) == {"teacher"}
+    assert main(execution.arguments_of(read_plan(path, Path("runs"))[0])) == 0  # and the study is killed
+    assert left(path) == {"vanilla", "dkd"} and newest("teacher") == "version_2"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from kdq_lightning.files import write_atomically
 SUBJECTS = {
     "data": ("data", "images/s of loader and augmentation"),
     "step": ("step", "images/s of the Trainer against a bare loop, by strategy"),
-    "strategies": ("step", "the same"),
+    "strategies": ("step", "another name for step"),
     "quantization": ("quantization", "accuracy and seconds of GPFQ against the published code"),
     "evaluation": ("evaluation", "images/s of a network, its packed file and its exports"),
     "project": ("project", "minutes that a config takes on this machine"),

@@ -40,8 +40,10 @@ class TrainingEpoch:
         self._bad_step = torch.where(bad, step, self._bad_step)
 
     def bad_step(self, strategy: Strategy) -> int:
-        """Return the first step of a rank whose loss was not finite; -1 if there was none on any."""
-        return int(strategy.reduce(self._bad_step.double(), reduce_op="max"))
+        """Return the first step whose loss was not finite on any rank, -1 if there was none."""
+        step = torch.where(self._bad_step < 0, torch.inf, self._bad_step.double())
+        first = float(strategy.reduce(step, reduce_op="min"))
+        return -1 if first == torch.inf else int(first)
 
     def means(self, strategy: Strategy) -> dict[str, float]:
         """Return the means over the images of all ranks and `images_per_second`; nothing if there was no step."""

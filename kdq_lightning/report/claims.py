@@ -13,9 +13,9 @@ from kdq_lightning.report.significance import LEVEL, Difference, holm, paired_bo
 from kdq_lightning.results import FLOAT_BITS
 
 VERDICTS = {
-    1: "drops more sharply than the teacher",
-    -1: "drops less than the teacher",
-    0: "is not distinguishable from the teacher",
+    1: "drops more sharply than the teacher at",
+    -1: "drops less than the teacher at",
+    0: "has a drop that is not distinguishable from the teacher's at",
 }
 
 RESAMPLES = 2000  # there are some hundred such tests
@@ -128,11 +128,11 @@ def sharper_drop(found: Sequence[Drop], rows: Sequence[Row]) -> list[str]:
         for verdict, what in VERDICTS.items():
             chosen = [drop for drop in tested if _sign(drop.versus_teacher) == verdict]
             numbers = "; ".join(
-                f"{drop.bits} bits{' (claimed)' if drop.bits in claimed else ''} {format_difference(test)}"
+                f"{drop.bits} bits{' (sharper drop claimed)' if drop.bits in claimed else ''} {format_difference(test)}"
                 for drop in chosen
                 if (test := drop.versus_teacher)
             )
-            parts += [f"{what} at {numbers}"] if chosen else []
+            parts += [f"{what} {numbers}"] if chosen else []
         sentences.append(f"{row} {'; '.join(parts)}.")
     return sentences
 
@@ -157,6 +157,6 @@ def nearly_float(found: Sequence[Drop]) -> list[str]:
         else:
             text += f"; the smallest bit width within {NEAR:g} point of float is {smallest.bits} bits"
             text += f" ({format_difference(smallest.own, with_p=False)})"
-            text += f"; with its whole interval, {f'{certain.bits} bits' if certain else 'none'}"
+            text += f"; {f'{certain.bits} bits' if certain else 'none'} with its whole interval"
         sentences.append(f"{text}.")
     return sentences

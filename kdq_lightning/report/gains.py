@@ -17,7 +17,9 @@ def table_of_gains(rows: Sequence[Row]) -> Table | None:
     """
     controls = [row for row in whole_rows(rows) if row.strategy == "control"]
     networks = {control.network for control in controls}
-    students = [row for row in whole_rows(rows) if row.strategy != "control" and row.network in networks]
+    students = [
+        row for row in whole_rows(rows) if row.strategy not in ("teacher", "control") and row.network in networks
+    ]
     if not students:
         return None
     widths = bit_widths(students)
@@ -34,7 +36,8 @@ def table_of_gains(rows: Sequence[Row]) -> Table | None:
 
 def _gain(row: Row, bits: int, controls: Sequence[Row]) -> Difference | None:
     """Return the difference from the control that is most like the row, None if either knows no right answers."""
-    able = [control for control in controls if bits in control.cells and control.cells[bits].correct]
+    same = [control for control in controls if control.network == row.network]
+    able = [control for control in same if bits in control.cells and control.cells[bits].correct]
     if bits not in row.cells or not row.cells[bits].correct or not able:
         return None
     own, other = row.cells[bits].correct, most_alike(row, bits, able).cells[bits].correct

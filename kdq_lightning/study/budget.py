@@ -183,7 +183,7 @@ class Meter:
         sizes = options.get(SIZES) or data.image_sizes or [data.image_size]
         epochs = self.configs[run]["trainer"]["max_epochs"] if run.command == "fit" else 0
         if epochs is None or epochs < 0:
-            raise UserError(f"{run.name} has no number of epochs that a budget could cut: give trainer.max_epochs")
+            raise UserError(f"{run.name} says no number of epochs: give trainer.max_epochs")
         return PlannedRun(run, self._cost(run, sizes, options), options, epochs, len(sizes))
 
     def _cost(self, run: Run, sizes: Sequence[int], options: Mapping[str, Any]) -> Cost:
@@ -197,7 +197,7 @@ class Meter:
             widths = 0 if kind.carries_codes else len(quantization["bits"])
             evaluated = len(data.val_index) + quantization["test"] * len(data.test_set)
             after = (widths + 1) * evaluated * forward
-            if issubclass(kind, Distillation):
+            if run.command == "fit" and issubclass(kind, Distillation):
                 after += evaluated * self.forward_seconds(self._teacher_network(run), data)
             images = quantization["calibration_images"]
             after += widths * sum(self.quantization_seconds(name, data, images) for name in networks)

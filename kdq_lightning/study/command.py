@@ -44,9 +44,15 @@ def main(args: list[str]) -> int:
     if options.dry_run:
         print("\n".join(run.line for run in left))
         return 0
-    progress = Progress(total=len(runs), left=len(left), devices=options.devices)
-    failed = execute(left, options.devices, progress)
-    done = find_done(runs, [place for place in (ROOT, options.results) if place is not None and place.is_dir()])
+    failed: list[Run] = []
+    tried: set[Run] = set()
+    while True:  # a teacher that was trained again leaves its students to do
+        failed += execute(left, options.devices, Progress(len(runs), len(left), options.devices))
+        tried.update(left)
+        done = find_done(runs, [place for place in (ROOT, options.results) if place is not None and place.is_dir()])
+        left = [run for run in still_to_run(runs, done) if run not in tried]
+        if not left:
+            break
     missing = [run for run in runs if run not in done]
     if done:
         folders = dict.fromkeys(folder for found in done.values() for folder in found)

@@ -78,7 +78,8 @@ def _call(run: Run, log: TextIO) -> bool:
 
 def run_at_once(runs: Sequence[Run], devices: int, progress: Progress) -> list[Run]:
     """Run up to `devices` processes at once, which share the cores; where there are GPUs, each sees one."""
-    threads = max((os.cpu_count() or 1) // devices, 1)  # with a thread a core in each they crawl
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(cores // devices, 1)  # a thread a core in every run would slow all of them down
     waiting, failed = list(runs), []
     busy: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}
     try:

@@ -8,14 +8,14 @@ from pathlib import Path
 from kdq_lightning.cli import read_settings
 from kdq_lightning.results import FLOAT_BITS, Record, find_records
 from kdq_lightning.study.plan import Run
-from kdq_lightning.study.provenance import is_outdated, will_be_trained_again
+from kdq_lightning.study.provenance import gives_others, is_outdated
 
 
 def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Path]]:
     """Return the runs that have all their records below the given places, and the folders of these.
 
     A run's records are known by config hash and seed, so they may come from another machine or study. They don't count
-    if the weights that it learned from were trained again since, or are going to be.
+    if the weights that it learned from were trained again since, or others would now read other weights of this run.
 
     Raises:
         SystemExit: If an option of a run is unknown; a sentence has been printed then.
@@ -27,7 +27,7 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
     hashes: dict[str, tuple[str, set[int], int]] = {}  # the same for every seed of a run
     done: dict[Run, list[Path]] = {}
     trained = {(run.name, run.seed) for run in runs if run.is_trained}
-    renewed: set[tuple[str, int]] = set()
+    needed = {(name, run.seed) for run in runs for name in run.needs}
     for run in runs:
         if run.command == "quantize" and any((name, run.seed) not in trained for name in run.needs):
             continue  # the hash of its records is known once its weights are
@@ -39,14 +39,13 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
             widths = set() if model.get("packed") else bits
             hashes[run.name] = settings.config_hash, widths, len(model.get("networks") or [None])
         config_hash, widths, networks = hashes[run.name]
-        complete = [
-            folder for folder, found in records[config_hash, run.seed].items() if _is_complete(found, widths, networks)
+        folders = [
+            folder
+            for folder, found in records[config_hash, run.seed].items()
+            if _is_complete(found, widths, networks) and not is_outdated(run, folder)
         ]
-        current = [folder for folder in complete if not is_outdated(run, folder)]
-        if current and not any((name, run.seed) in renewed for name in run.needs):
-            done[run] = current
-        elif complete or will_be_trained_again(run, config_hash):
-            renewed.add((run.name, run.seed))
+        if folders and not ((run.name, run.seed) in needed and gives_others(run, config_hash)):
+            done[run] = folders
     return done
 
 

@@ -1,9 +1,9 @@
-"""Whether a run learned from the weights that lie here now, or from such as were trained again since."""
+"""Whether a run's results are of the weights that lie here now, or of such as were trained again since."""
 
 from contextlib import suppress
 from pathlib import Path
 
-from kdq_lightning.checkpoints import FINISHED, load_trained, read_checkpoint, versions
+from kdq_lightning.checkpoints import FINISHED, find_checkpoint, load_trained, read_checkpoint, versions
 from kdq_lightning.config_hash import version_hash
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.recover import find_packed, packed_digest
@@ -12,23 +12,28 @@ from kdq_lightning.study.plan import Run
 
 
 def is_outdated(run: Run, version: Path) -> bool:
-    """Tell whether a version of a run learned from other weights than its study would give it now.
+    """Tell whether a version of a run read other weights than its study would give it now.
 
-    A checkpoint names the weights that taught it. Where it or they are gone, nothing can be compared: not outdated.
+    A checkpoint names the weights that taught it; a quantized version is older than weights that were trained again.
+    Where it or they are gone, or are not this study's, nothing can be compared: not outdated.
     """
-    if not run.needs:
-        return False
-    try:
-        checkpoint = read_checkpoint(version / "checkpoints" / "last.ckpt")
-    except UserError:
-        return False
-    return any(checkpoint.get(key, digest) != digest for key, digest in _digests_now(run).items())
+    with suppress(UserError):
+        quantized = next((option for option in run.options if option.startswith("--ckpt_path=")), None)
+        if quantized and version.parent.resolve() == run.folder.resolve():
+            weights = find_checkpoint(quantized.removeprefix("--ckpt_path="))
+            return weights.stat().st_mtime > (version / "config.yaml").stat().st_mtime
+        if run.command == "fit" and run.needs:
+            taught_by = read_checkpoint(version / "checkpoints" / "last.ckpt")
+            return any(taught_by.get(key, digest) != digest for key, digest in _digests_now(run).items())
+    return False
 
 
-def will_be_trained_again(run: Run, config_hash: str) -> bool:
-    """Tell whether the newest finished version of a run without records is one of other settings."""
+def gives_others(run: Run, config_hash: str) -> bool:
+    """Tell whether the weights that others would read, of the newest finished version, are not this run's any more."""
     finished = [version for version in versions(run.folder) if (version / FINISHED).exists()]
-    return run.command == "fit" and bool(finished) and version_hash(finished[-1]) != config_hash
+    if run.command != "fit" or not finished:
+        return False
+    return version_hash(finished[-1]) != config_hash or is_outdated(run, finished[-1])
 
 
 def _digests_now(run: Run) -> dict[str, str]:
