@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import SaveConfigCallback
 
 from kdq_lightning.checkpoints import FINISHED
@@ -20,6 +20,20 @@ from kdq_lightning.results import RECORDS
 
 KEPT = ("checkpoints", RECORDS)  # a folder that holds one of them stays when its run fails
 DEATH_SECONDS = 2  # from a lost connection to the exit code of who was at its other end
+
+
+class ModelCheckpoint(lightning_callbacks.ModelCheckpoint):
+    """Lightning's, which would forget the best epoch of a run folder that was moved, and save a worse one over it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Find the checkpoints beside the one that is gone on with."""
+
+        def here(path: str) -> str:
+            return str(Path(self.dirpath or "", Path(path).name)) if path else path
+
+        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": scores, "dirpath": self.dirpath})
 
 
 def checkpoint_callbacks() -> list[ModelCheckpoint]:
@@ -78,7 +92,7 @@ class NameDeadRank(Callback):
                 exception.add_note(f"rank {rank} was killed by signal {-process.returncode}, so the run has ended")
 
 
-class WritePredictions(BasePredictionWriter):
+class WritePredictions(lightning_callbacks.BasePredictionWriter):
     """Writes `predictions.csv`: image (canonical index), top1 (class) and probability."""
 
     def __init__(self, folder: Callable[[], Path]) -> None:

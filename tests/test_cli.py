@@ -148,6 +148,30 @@ def test_resume_goes_on_in_its_folder(
     assert "finished" in capsys.readouterr().err
 
 
+def test_a_run_that_was_moved_keeps_its_best(images: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch):
+    """Gone on with in another place, its later epochs don't replace a better one."""
+    small, checkpoints = "--model.init_args.network=resnet8", Path("runs/control_cpu/version_0/checkpoints")
+    assert fit("control_cpu", images, small, "--trainer.callbacks+=tests.test_cli.StopAfterFirstEpoch") == 1
+    content = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    (key,) = [key for key, state in content["callbacks"].items() if state.get("monitor") == "val/top1"]
+    unbeatable = torch.tensor(101.0)
+    state = content["callbacks"][key]
+    state |= {
+        "best_model_score": unbeatable,
+        "kth_value": unbeatable,
+        "best_k_models": {state["best_model_path"]: unbeatable},
+    }
+    torch.save(content, checkpoints / "last.ckpt")
+    best = (checkpoints / "best.ckpt").read_bytes()
+    Path("elsewhere").mkdir()
+    shutil.move("runs", "elsewhere/runs")
+    monkeypatch.chdir("elsewhere")
+    assert fit("control_cpu", images, small, "--ckpt_path=last") == 0
+    assert (checkpoints / "best.ckpt").read_bytes() == best
+    state = torch.load(checkpoints / "last.ckpt", weights_only=True)["callbacks"][key]
+    assert state["best_model_path"] == str(checkpoints.resolve() / "best.ckpt")
+
+
 def test_resume_after_the_last_step(images: Path, workspace: Path):
     """Cut off between its last checkpoint and the word that it is finished, a run has quantization left."""
     small, version = "--model.init_args.network=resnet8", Path("runs/control_cpu/version_0")
