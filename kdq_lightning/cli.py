@@ -1,6 +1,5 @@
 """The `kdq` command: LightningCLI for everything with a model, plain parsers for the rest."""
 
-import hashlib
 import importlib
 import signal
 import sys
@@ -22,6 +21,7 @@ from kdq_lightning.dashboard import Dashboard
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule, ImageFolderDataModule
 from kdq_lightning.errors import UserError
+from kdq_lightning.files import file_digest
 from kdq_lightning.messages import quieten, sentence_for
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.modules.dkd import DecoupledKD
@@ -145,7 +145,7 @@ class CommandLine(LightningCLI):
             return config_hash(config.as_dict())
         path = Path(config.model.init_args.weights)
         trained = version_hash(path.parent.parent) if path.parent.name == "checkpoints" else None
-        weights = trained or hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        weights = trained or file_digest(path)
         return config_hash(config.as_dict(), weights=weights)
 
     def _dashboard(self) -> Dashboard:

@@ -1,5 +1,6 @@
-"""Writing a file so that it is either there, whole, or not there at all."""
+"""Writing a file so that it is either there, whole, or not there at all, and telling files apart."""
 
+import hashlib
 import os
 import re
 import secrets
@@ -11,6 +12,11 @@ from kdq_lightning.errors import UserError
 
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}")  # the name of an unfinished file
 FRESH_SECONDS = 60  # another process may still be writing it
+
+
+def file_digest(path: Path) -> str:
+    """Return what tells one file's content from another's."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

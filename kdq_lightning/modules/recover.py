@@ -1,6 +1,5 @@
 """Recovering after quantization: the codes stay, and what multiplies and shifts them learns the teacher's answers."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch.func import functional_call
 
 from kdq_lightning.checkpoints import FINISHED, versions
 from kdq_lightning.errors import UserError, check_range
+from kdq_lightning.files import file_digest
 from kdq_lightning.losses import kd_loss
 from kdq_lightning.modules.classifier import Losses, Strategy
 from kdq_lightning.modules.distillation import Distillation
@@ -73,7 +73,7 @@ class Recover(Distillation):
             )
         load_packed(path, self.network)
         self.mean, self.std = tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"]))
-        self._weights, self._digest = read_weights(path), packed_digest(path)
+        self._weights, self._digest = read_weights(path), file_digest(path)
         for i, weight in enumerate(self._weights.values()):
             self.gains.append(nn.Parameter(torch.ones_like(weight.scale)))
             self.register_buffer(f"levels{i}", weight.grid[weight.codes.long()], persistent=False)
@@ -147,11 +147,6 @@ class Recover(Distillation):
             name: replace(weight, scale=state[f"gains.{i}"].detach().cpu() * weight.scale)
             for i, (name, weight) in enumerate(self._weights.items())
         }
-
-
-def packed_digest(path: Path) -> str:
-    """Return what tells one packed file from another."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def find_packed(path: str | Path, bits: int | None) -> Path:

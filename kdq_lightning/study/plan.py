@@ -10,7 +10,7 @@ runs:                                 # in this order; the folder of an earlier 
     config: vanilla_cpu.yaml          # beside the study's file
     seeds: [0]                        # some of the study's; all if not given
     overrides: {model.init_args.teacher: "{teacher}"}
-  vanilla_paper:                        # the same network, quantized in another way
+  vanilla_paper:                      # the same network, quantized in another way
     config: vanilla_cpu.yaml
     quantizes: vanilla
     overrides: {quantization.codebook: paper}
@@ -88,7 +88,12 @@ class Run:
     @property
     def is_trained(self) -> bool:
         """Whether its weights are here, for the runs that need them."""
-        return self.command == "quantize" or any((version / FINISHED).exists() for version in versions(self.folder))
+        return self.command == "quantize" or self.finished is not None
+
+    @property
+    def finished(self) -> Path | None:
+        """The newest finished version, whose weights other runs read."""
+        return next((version for version in reversed(versions(self.folder)) if (version / FINISHED).exists()), None)
 
     @property
     def unfinished(self) -> Path | None:

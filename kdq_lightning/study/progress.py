@@ -8,14 +8,14 @@ from pathlib import Path
 from kdq_lightning.cli import read_settings
 from kdq_lightning.results import FLOAT_BITS, Record, find_records
 from kdq_lightning.study.plan import Run
-from kdq_lightning.study.provenance import gives_others, is_outdated
+from kdq_lightning.study.provenance import is_outdated
 
 
 def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Path]]:
     """Return the runs that have all their records below the given places, and the folders of these.
 
     A run's records are known by config hash and seed, so they may come from another machine or study. They don't count
-    if the weights that it learned from were trained again since, or others would now read other weights of this run.
+    if the weights that it learned from were trained again since, or if runs that need it would read a newer version.
 
     Raises:
         SystemExit: If an option of a run is unknown; a sentence has been printed then.
@@ -44,7 +44,7 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
             for folder, found in records[config_hash, run.seed].items()
             if _is_complete(found, widths, networks) and not is_outdated(run, folder)
         ]
-        if folders and not ((run.name, run.seed) in needed and gives_others(run, config_hash)):
+        if folders and ((run.name, run.seed) not in needed or run.finished in (None, *folders)):
             done[run] = folders
     return done
 

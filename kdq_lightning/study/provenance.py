@@ -3,10 +3,10 @@
 from contextlib import suppress
 from pathlib import Path
 
-from kdq_lightning.checkpoints import FINISHED, find_checkpoint, load_trained, read_checkpoint, versions
-from kdq_lightning.config_hash import version_hash
+from kdq_lightning.checkpoints import find_checkpoint, load_trained, read_checkpoint
 from kdq_lightning.errors import UserError
-from kdq_lightning.modules.recover import find_packed, packed_digest
+from kdq_lightning.files import file_digest
+from kdq_lightning.modules.recover import find_packed
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.study.plan import Run
 
@@ -28,14 +28,6 @@ def is_outdated(run: Run, version: Path) -> bool:
     return False
 
 
-def gives_others(run: Run, config_hash: str) -> bool:
-    """Tell whether the weights that others would read, of the newest finished version, are not this run's any more."""
-    finished = [version for version in versions(run.folder) if (version / FINISHED).exists()]
-    if run.command != "fit" or not finished:
-        return False
-    return version_hash(finished[-1]) != config_hash or is_outdated(run, finished[-1])
-
-
 def _digests_now(run: Run) -> dict[str, str]:
     """Return what tells the weights in the run folders that a run reads, by the key in its checkpoint."""
     prefix = "--model.init_args."
@@ -49,5 +41,5 @@ def _digests_now(run: Run) -> dict[str, str]:
     with suppress(UserError):
         if "packed" in folders:
             bits = int(options["bits"]) if "bits" in options else None
-            digests["packed"] = packed_digest(find_packed(folders["packed"], bits))
+            digests["packed"] = file_digest(find_packed(folders["packed"], bits))
     return digests
