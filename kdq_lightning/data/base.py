@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from kdq_lightning.data.sampler import GlobalBatchSampler, ResumableLoader
 from kdq_lightning.errors import UserError
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(LightningDataModule, ABC):
     """Images in memory, whole uint8 batches to the device, augmentation and normalisation there.
 
     A source says what it holds in `__init__` and overrides `read`.
@@ -90,9 +91,9 @@ class ImageDataModule(LightningDataModule):
         self._train_sampler: GlobalBatchSampler | None = None
         self._position: dict[str, int] = {}
 
+    @abstractmethod
     def read(self) -> tuple[ImageSet, ImageSet]:
         """Return the whole training set and the test set, each in canonical order."""
-        raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
         """Read all images, once, and split off the validation images.
