@@ -13,12 +13,12 @@ from PIL import Image
 from kdq_lightning.cli import main
 from kdq_lightning.errors import UserError
 from kdq_lightning.report.answer import choose_measurement, duels_by_budget, duels_by_file, files_of
-from kdq_lightning.report.claims import drops, format_difference
+from kdq_lightning.report.claims import drops, format_difference, format_p
 from kdq_lightning.report.command import write_report
 from kdq_lightning.report.gains import table_of_gains
 from kdq_lightning.report.published import BITS, TOP1, published_drop, published_top1
 from kdq_lightning.report.rows import read_rows
-from kdq_lightning.report.sentences import Wishes, shipped, verdict
+from kdq_lightning.report.sentences import Wishes, answer, shipped, verdict
 from kdq_lightning.report.significance import holm, paired_bootstrap
 from kdq_lightning.report.tables import table_by_bits, to_csv, to_latex, to_markdown
 from kdq_lightning.results import CORRECT, read_correct, read_records, write_records
@@ -149,6 +149,37 @@ def test_duels_are_those_of_brute_force(study: Path):
     for duel in duels_by_file(students, teachers):
         for file, other in ((duel.student, duel.teacher), (duel.teacher, duel.student)):
             assert file is None or other is None or max(file.size, other.size) == duel.low
+
+
+def test_the_answer_in_words(tmp_path: Path):
+    """Each range of budgets with the files that meet at its ends, what they reach, and the tests' p-values."""
+    for seed in (0, 1):
+        write_run(tmp_path / f"t{seed}", "teacher", {2: 70, 4: 95, 5: 96}, seed=seed, network="resnet50")
+        write_run(tmp_path / f"v{seed}", "vanilla", {2: 80, 3: 85, 5: 86}, seed=seed)
+    rows = read_rows([tmp_path])[0]["cifar10"]
+    duels = duels_by_budget(*files_of(rows))
+    alone, student, teacher = duels[:2], duels[2:4], duels[4:]
+    assert [duel.low for duel in duels] == [3300, 4700, 6500, 7500, 12500, 15500]
+    tests = [f"{format_difference(duel.difference, with_p=False)} points" if duel.difference else "" for duel in duels]
+    assert answer(duels) == (
+        "at equal bytes each wins somewhere."
+        " From 3.3 kB to 6.5 kB only the student fits: Vanilla KD (resnet18), 2 bits (80.25 ± 0.35 %) … Vanilla KD"
+        " (resnet18), 3 bits (85.25 ± 0.35 %)."
+        f" From 6.5 kB to 12.5 kB the student is better, {format_p(student[0].p)}: Vanilla KD"
+        " (resnet18), 3 bits (85.25 ± 0.35 %) against Teacher (resnet50), 2 bits (70.25 ± 0.35 %), student minus"
+        f" teacher {tests[2]} … Vanilla KD (resnet18), 5 bits (86.25 ± 0.35 %) against Teacher (resnet50), 2 bits"
+        f" (70.25 ± 0.35 %), student minus teacher {tests[3]}."
+        f" From 12.5 kB on the teacher is better, {format_p(teacher[0].p)}: Vanilla KD (resnet18),"
+        " 5 bits (86.25 ± 0.35 %) against Teacher (resnet50), 4 bits (95.25 ± 0.35 %), student minus teacher"
+        f" {tests[4]} … Vanilla KD (resnet18), 5 bits (86.25 ± 0.35 %) against Teacher (resnet50), 5 bits (96.25 ±"
+        f" 0.35 %), student minus teacher {tests[5]}."
+    )
+    assert not any(duel.difference for duel in alone)
+    even = [replace(duel, p=p) for duel, p in zip(student, (0.3, 0.6), strict=True)]
+    assert answer(even).startswith(
+        "at equal bytes student and teacher are not distinguishable. From 6.5 kB to 12.5 kB not distinguishable,"
+        " p = 0.300 at least: Vanilla"
+    )
 
 
 def test_gains_are_over_the_control_of_the_same_network_and_codebook(tmp_path: Path):

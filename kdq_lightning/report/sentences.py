@@ -7,7 +7,7 @@ from kdq_lightning.figures import format_bytes
 from kdq_lightning.report.answer import Duel, choose_measurement, merge_ranges
 from kdq_lightning.report.claims import format_difference, format_p
 from kdq_lightning.report.rows import Row
-from kdq_lightning.report.tables import MISSING
+from kdq_lightning.report.tables import MISSING, format_cell
 
 VERDICTS = {
     "student": "the student wins",
@@ -58,26 +58,26 @@ def _range_sentence(group: Sequence[Duel]) -> str:
         alone = first.student is None or first.teacher is None
         if side is None or not alone:
             return f"{span}: not tested, the right answers are missing."
-        return f"{span} only the {'student' if first.student else 'teacher'} fits."
+        return f"{span} only the {'student' if first.student else 'teacher'} fits: {_ends(group)}."
     chances = [duel.p for duel in group if duel.p is not None]
     if first.winner:
         at_most = " at most" if len(set(chances)) > 1 else ""
-        span += f" the {first.winner} is better, student minus teacher {_points(group)}"
-        return f"{span}, {format_p(max(chances))}{at_most}: {_pairs(group)}."
+        return f"{span} the {first.winner} is better, {format_p(max(chances))}{at_most}: {_ends(group)}."
     at_least = " at least" if len(set(chances)) > 1 else ""
-    return f"{span} not distinguishable, student minus teacher {_points(group)}, {format_p(min(chances))}{at_least}."
+    return f"{span} not distinguishable, {format_p(min(chances))}{at_least}: {_ends(group)}."
 
 
-def _points(group: Sequence[Duel]) -> str:
-    """Return the smallest and the largest difference of a range, each with its interval."""
-    found = sorted({duel.difference for duel in group if duel.difference})
-    ends = [found[0], found[-1]] if len(found) > 1 else found
-    return " to ".join(format_difference(difference, with_p=False) for difference in ends) + " points"
+def _ends(group: Sequence[Duel]) -> str:
+    """Return what meets at the smallest and at the largest budget of a range."""
+    return " … ".join(dict.fromkeys(_describe(duel) for duel in (group[0], group[-1])))
 
 
-def _pairs(group: Sequence[Duel]) -> str:
-    texts = [f"{d.student.label} against {d.teacher.label}" for d in (group[0], group[-1]) if d.student and d.teacher]
-    return " … ".join(dict.fromkeys(texts))
+def _describe(duel: Duel) -> str:
+    files = [file for file in (duel.student, duel.teacher) if file]
+    text = " against ".join(f"{file.label} ({format_cell(file.cell, 'test_top1')} %)" for file in files)
+    if duel.difference is None:
+        return text
+    return f"{text}, student minus teacher {format_difference(duel.difference, with_p=False)} points"
 
 
 def shipped(rows: Sequence[Row], wishes: Wishes) -> list[str]:
