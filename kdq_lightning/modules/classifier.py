@@ -5,22 +5,20 @@ from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from kdq_lightning.checkpoints import TrainedNetwork, grow_biases, load_state, load_trained, network_state
 from kdq_lightning.data.augmentation import shrink
 from kdq_lightning.data.images import Batch
 from kdq_lightning.data.normalization import Statistics, renormalize
 from kdq_lightning.errors import UserError, check_range
-from kdq_lightning.evaluation import build_metrics
 from kdq_lightning.losses import cross_entropy
 from kdq_lightning.modules.epoch import TrainingEpoch
 from kdq_lightning.modules.schedule import Cycle, one_cycle
+from kdq_lightning.modules.scores import Scores
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization.alphabet import QuantizedWeight
@@ -92,9 +90,7 @@ class Classifier(LightningModule):
         self._build_networks()
         for module in self.networks().values():
             module.to(memory_format=torch.channels_last)
-        self.metrics = {name: build_metrics(num_classes) for name in self.networks()}
-        self._registered_metrics = nn.ModuleList(self.metrics.values())  # so that they move with the module
-        self.val_loss = MeanMetric()
+        self.scores = Scores(self.networks(), num_classes)
         self._image_size: int | None = None  # of this epoch's training images
         self._epoch = TrainingEpoch(self.device)
 
@@ -297,37 +293,23 @@ class Classifier(LightningModule):
         self.validation_step(batch, batch_idx)
 
     def _evaluate(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Update every metric and return each network's logits (batch, classes); a rank's last batch may be empty."""
+        """Measure a batch and return each network's logits (batch, classes)."""
         images = self.inputs(batch.images)
         logits = {name: network(images).float() for name, network in self.networks().items()}
-        if len(images):
-            for name, values in logits.items():
-                self.metrics[name].update(values.double().softmax(1), batch.labels)
-                self.val_loss.update(F.cross_entropy(values, batch.labels), weight=len(images))
+        self.scores.update(logits, batch.labels)
         return logits
 
     def on_validation_epoch_end(self) -> None:
-        """Log what validation found, in percent: the mean over the networks, and each one where there are several."""
-        self._log_metrics("val")
+        """Log what validation found; accuracies in percent."""
+        self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log what the test found, in percent."""
-        self._log_metrics("test")
+        """Log what the test found; accuracies in percent."""
+        self._log_scores("test")
 
-    def _log_metrics(self, split: str) -> None:
-        found = {}
-        for name, metrics in self.metrics.items():
-            found[name] = {key: 100 * value for key, value in metrics.compute().items()}
-            metrics.reset()
-        logs = {
-            f"{split}/{key}": torch.stack([values[key] for values in found.values()]).mean()
-            for key in next(iter(found.values()))
-        }
-        if len(found) > 1:
-            logs |= {f"{split}/{key}/{name}": value for name, values in found.items() for key, value in values.items()}
-        logs[f"{split}/loss"] = self.val_loss.compute()
+    def _log_scores(self, split: str) -> None:
+        logs = {f"{split}/{key}": value for key, value in self.scores.take().items()}
         self.log_dict(logs | ({"step": float(self.global_step)} if self.fitting else {}))
-        self.val_loss.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return image indices, top-1 classes and their probabilities, each (batch,), in float32."""

@@ -11,6 +11,7 @@ from kdq_lightning.checkpoints import TrainedNetwork
 from kdq_lightning.errors import UserError
 from kdq_lightning.losses import mutual_loss
 from kdq_lightning.modules.classifier import Classifier, Losses, Strategy
+from kdq_lightning.modules.scores import Scores
 from kdq_lightning.networks import build_network
 
 
@@ -55,7 +56,7 @@ class MutualLearning(Classifier):
         if len(trained) == 1 and not self.fitting and alone.network in self.peer_networks:
             self.peers = nn.ModuleList([self.peers[self.peer_networks.index(alone.network)]])
             self.peer_networks = [alone.network]
-            self.metrics = {"peer0": self.metrics["peer0"]}
+            self.scores = Scores(["peer0"], self.num_classes)
             trained = {"peer0": alone}
         super()._load_networks(trained)
 
