@@ -221,7 +221,6 @@ class Meter:
             kind = VanillaKD  # which costs as much or more
         given: dict[str, Any] = {key: model["init_args"].get(key) for key in ("network", "networks")}
         given = {key: value for key, value in given.items() if value} | ({"teacher": "in memory"} if teacher else {})
-
         precision = self.configs[run]["trainer"]["precision"]
 
         def measure() -> float:
