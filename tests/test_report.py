@@ -15,11 +15,11 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.report.answer import choose_measurement, duels_by_budget, duels_by_file, files_of
 from kdq_lightning.report.claims import drops, format_difference, format_p
 from kdq_lightning.report.command import write_report
-from kdq_lightning.report.gains import table_of_gains
+from kdq_lightning.report.gains import gains_over_control, sentence_of_gains, table_of_gains
 from kdq_lightning.report.published import BITS, TOP1, published_drop, published_top1
 from kdq_lightning.report.rows import read_rows
 from kdq_lightning.report.sentences import Wishes, answer, shipped, verdict
-from kdq_lightning.report.significance import holm, paired_bootstrap
+from kdq_lightning.report.significance import Difference, holm, paired_bootstrap
 from kdq_lightning.report.tables import table_by_bits, to_csv, to_latex, to_markdown
 from kdq_lightning.results import CORRECT, read_correct, read_records, write_records
 from tests.records import ACCURACIES, WIDTHS, draw_correct, write_run, write_study
@@ -192,7 +192,7 @@ def test_gains_are_over_the_control_of_the_same_network_and_codebook(tmp_path: P
     write_run(tmp_path / "t", "teacher", {4: 95, 32: 96}, network="resnet50")
     write_run(tmp_path / "big", "control", {4: 95, 5: 95, 32: 96}, network="resnet50", config_hash="big")
     rows = read_rows([tmp_path])[0]["cifar10"]
-    header, line = table_of_gains(rows).header, table_of_gains(rows).rows
+    header, line = table_of_gains(gains_over_control(rows), rows)
     assert len(line) == 1 and line[0][0].text == "Vanilla KD (resnet18)"
     found = dict(zip(header[1:], (entry.text for entry in line[0][1:]), strict=True))
     expected, vectors = {}, [read_correct(tmp_path / f"{name}{seed}") for name in runs for seed in (0, 1)]
@@ -207,7 +207,22 @@ def test_gains_are_over_the_control_of_the_same_network_and_codebook(tmp_path: P
     for bits, p, name in ((4, adjusted[0], "4 bits"), (32, adjusted[1], "float (32 bits)")):
         assert found[name] == format_difference(expected[bits]._replace(p=p))
     assert found["5 bits"] == found["2 bits"] == "missing"
-    assert table_of_gains([row for row in rows if row.strategy != "control"]) is None
+    assert not gains_over_control([row for row in rows if row.strategy != "control"])
+
+
+def test_gains_in_words():
+    better, worse, neither = (Difference(points, 0, 0, p, 1) for points, p in ((1, 0.049), (-1, 0.01), (9, 0.05)))
+    gains = {
+        "A": {2: better, 3: neither, 4: better, 32: better},
+        "B": {2: worse, 32: worse},
+        "C": {2: neither, 32: neither},
+        "D": {2: worse, 4: better, 32: neither},
+        "E": {2: neither, 32: better},
+    }
+    assert sentence_of_gains(gains) == (
+        "Against the control: A better at 2, 4 bits and float; B worse at every bit width; C not distinguishable;"
+        " D better at 4 bits and worse at 2 bits; E better at float."
+    )
 
 
 def test_choice_never_looks_at_the_test(tmp_path: Path):

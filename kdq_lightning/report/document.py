@@ -6,7 +6,7 @@ from typing import NamedTuple
 from kdq_lightning.figures import render
 from kdq_lightning.report.answer import Duel, File, duels_by_budget, duels_by_file, files_of
 from kdq_lightning.report.claims import Drop, drops, format_difference, format_p, nearly_float, sharper_drop
-from kdq_lightning.report.gains import table_of_gains
+from kdq_lightning.report.gains import gains_over_control, sentence_of_gains, table_of_gains
 from kdq_lightning.report.pictures import figures_of
 from kdq_lightning.report.published import WINNER
 from kdq_lightning.report.rows import TITLES, Row
@@ -134,11 +134,12 @@ def _section(
 
 
 def _gains(rows: Sequence[Row]) -> list[str]:
-    table = table_of_gains(rows)
-    if table is None:
+    gains = gains_over_control(rows)
+    if not gains:
         return []
     caption = "Test accuracy minus that of the same network trained without a teacher, at equal bits, in points."
-    return ["### Gain over the control", caption, to_markdown(table)]
+    table = to_markdown(table_of_gains(gains, rows))
+    return ["### Gain over the control", sentence_of_gains(gains), caption, table]
 
 
 def _seeds(rows: Sequence[Row]) -> str:

@@ -6,39 +6,64 @@ import numpy as np
 
 from kdq_lightning.report.claims import format_difference, most_alike
 from kdq_lightning.report.rows import Row, whole_rows
-from kdq_lightning.report.significance import Difference, holm, paired_bootstrap
+from kdq_lightning.report.significance import LEVEL, Difference, holm, paired_bootstrap
 from kdq_lightning.report.tables import MISSING, Entry, Table, bit_widths, heading
+from kdq_lightning.results import FLOAT_BITS
+
+Gains = dict[str, dict[int, Difference]]
+"""Of each row, by its label, accuracy minus the control's at the same bit width, in points."""
 
 
-def table_of_gains(rows: Sequence[Row]) -> Table | None:
-    """Return accuracy minus the control's at the same bit width, in points; None if there is no such pair.
+def gains_over_control(rows: Sequence[Row]) -> Gains:
+    """Return the gains of the rows that have a control of the same network.
 
     The p-values of a row are adjusted together (Holm).
     """
     controls = [row for row in whole_rows(rows) if row.strategy == "control"]
     networks = {control.network for control in controls}
-    students = [
-        row for row in whole_rows(rows) if row.strategy not in ("teacher", "control") and row.network in networks
-    ]
-    if not students:
-        return None
-    widths = bit_widths(students)
-    lines = []
-    for row in students:
-        tests = {bits: test for bits in widths if (test := _gain(row, bits, controls)) is not None}
-        adjusted = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
-        texts = [
-            format_difference(tests[bits]._replace(p=adjusted[bits])) if bits in tests else MISSING for bits in widths
-        ]
-        lines.append([Entry(row.label), *map(Entry, texts)])
-    return Table(["", *(heading(bits, []) for bits in widths)], lines)
+    gains: Gains = {}
+    for row in whole_rows(rows):
+        if row.strategy not in ("teacher", "control") and row.network in networks:
+            tests = {bits: test for bits in row.cells if (test := _gain(row, bits, controls)) is not None}
+            adjusted = holm([test.p for test in tests.values()])
+            gains[row.label] = {bits: tests[bits]._replace(p=p) for bits, p in zip(tests, adjusted, strict=True)}
+    return gains
 
 
 def _gain(row: Row, bits: int, controls: Sequence[Row]) -> Difference | None:
     """Return the difference from the control that is most like the row, None if either knows no right answers."""
     same = [control for control in controls if control.network == row.network]
     able = [control for control in same if bits in control.cells and control.cells[bits].correct]
-    if bits not in row.cells or not row.cells[bits].correct or not able:
+    if not row.cells[bits].correct or not able:
         return None
     own, other = row.cells[bits].correct, most_alike(row, bits, able).cells[bits].correct
     return paired_bootstrap(np.stack(list(own.values())), np.stack(list(other.values())))
+
+
+def table_of_gains(gains: Gains, rows: Sequence[Row]) -> Table:
+    """Return the gains, a row a student; the columns are those of a table of `rows`."""
+    widths = bit_widths(rows)
+    lines = [
+        [Entry(label), *(Entry(format_difference(tests[bits]) if bits in tests else MISSING) for bits in widths)]
+        for label, tests in gains.items()
+    ]
+    return Table(["", *(heading(bits, []) for bits in widths)], lines)
+
+
+def sentence_of_gains(gains: Gains) -> str:
+    """Say at which bit widths each student is better or worse than the control."""
+    parts = []
+    for label, tests in gains.items():
+        verdicts = []
+        for verdict, sign in (("better", 1), ("worse", -1)):
+            widths = [bits for bits, test in tests.items() if test.p < LEVEL and sign * test.points > 0]
+            if widths:
+                verdicts.append(f"{verdict} at {'every bit width' if len(widths) == len(tests) else _listed(widths)}")
+        parts.append(f"{label} {' and '.join(verdicts) or 'not distinguishable'}")
+    return f"Against the control: {'; '.join(parts)}."
+
+
+def _listed(widths: Sequence[int]) -> str:
+    """Return "2, 4 bits and float"."""
+    quantized = ", ".join(str(bits) for bits in widths if bits != FLOAT_BITS)
+    return " and ".join([*([f"{quantized} bits"] if quantized else []), *(["float"] if FLOAT_BITS in widths else [])])
