@@ -210,6 +210,15 @@ def test_gains_are_over_the_control_of_the_same_network_and_codebook(tmp_path: P
     assert not gains_over_control([row for row in rows if row.strategy != "control"])
 
 
+def test_seeds_are_named_by_row_where_they_differ(tmp_path: Path):
+    write_run(tmp_path / "t", "teacher", {4: 90}, network="resnet50")
+    for seed in (0, 1):
+        write_run(tmp_path / f"v{seed}", "vanilla", {4: 88}, seed=seed)
+    write_report([tmp_path], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Seeds: 0 of Teacher (resnet50); 0, 1 of Vanilla KD (resnet18)." in text
+
+
 def test_gains_in_words():
     better, worse, neither = (Difference(points, 0, 0, p, 1) for points, p in ((1, 0.049), (-1, 0.01), (9, 0.05)))
     gains = {

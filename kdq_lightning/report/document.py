@@ -143,11 +143,13 @@ def _gains(rows: Sequence[Row]) -> list[str]:
 
 
 def _seeds(rows: Sequence[Row]) -> str:
-    """Return the seeds of each row, once if they are the same."""
-    of_rows = {row.label: ", ".join(map(str, row.seeds)) for row in rows}
-    if len(set(of_rows.values())) == 1:
-        return next(iter(of_rows.values()))
-    return "; ".join(f"{label} {seeds}" for label, seeds in of_rows.items())
+    """Return the seeds, and where rows differ in them, of which rows they are."""
+    by_seeds: dict[str, list[str]] = {}
+    for row in rows:
+        by_seeds.setdefault(", ".join(map(str, row.seeds)), []).append(row.label)
+    if len(by_seeds) == 1:
+        return next(iter(by_seeds))
+    return "; ".join(f"{seeds} of {', '.join(labels)}" for seeds, labels in by_seeds.items())
 
 
 MEASURES = {
