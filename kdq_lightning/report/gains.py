@@ -19,10 +19,11 @@ def gains_over_control(rows: Sequence[Row]) -> Gains:
 
     The p-values of a row are adjusted together (Holm).
     """
-    controls = [row for row in whole_rows(rows) if row.strategy == "control"]
+    whole = whole_rows(rows)
+    controls = [row for row in whole if row.strategy == "control"]
     networks = {control.network for control in controls}
     gains: Gains = {}
-    for row in whole_rows(rows):
+    for row in whole:
         if row.strategy not in ("teacher", "control") and row.network in networks:
             tests = {bits: test for bits in row.cells if (test := _gain(row, bits, controls)) is not None}
             adjusted = holm([test.p for test in tests.values()])
