@@ -38,8 +38,7 @@ def main(args: list[str]) -> int:
     elif options.budget_minutes is not None:
         make_plan(runs, options.budget_minutes, options.devices, plan)
         runs = read_plan(options.config, ROOT)
-    places = [place for place in (ROOT, options.results) if place is not None and place.is_dir()]
-    done = find_done(runs, places)
+    done = find_done(runs, _places(options.results))
     left = still_to_run(runs, done)
     if options.dry_run:
         print("\n".join(run.line for run in left))
@@ -49,7 +48,7 @@ def main(args: list[str]) -> int:
     while True:  # a teacher that was trained again leaves its students to do
         failed += execute(left, options.devices, Progress(len(runs), len(left), options.devices))
         tried.update(left)
-        done = find_done(runs, [place for place in (ROOT, options.results) if place is not None and place.is_dir()])
+        done = find_done(runs, _places(options.results))
         left = [run for run in still_to_run(runs, done) if run not in tried]
         if not left:
             break
@@ -62,6 +61,11 @@ def main(args: list[str]) -> int:
     if missing:
         print(f"{len(missing)} of {len(runs)} runs are not done; the same command goes on with them")
     return int(bool(missing))
+
+
+def _places(results: Path | None) -> list[Path]:
+    """Return the folders that records may lie in, as far as they are there."""
+    return [place for place in (ROOT, results) if place is not None and place.is_dir()]
 
 
 def _reason(run: Run, failed: Sequence[Run]) -> str:
