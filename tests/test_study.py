@@ -1,6 +1,7 @@
 """Studies: plans, what is done, what failed, several at once, and a whole one on digits that is cut off and resumed."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -138,6 +139,20 @@ def test_bad_options(workspace: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["study", "nothing.yaml"]) == 1 and "nothing.yaml cannot be read" in capsys.readouterr().err
     assert main(["study", str(path), "--devices", "0"]) == 1 and "at least 1" in capsys.readouterr().err
     assert main(["study", str(path), "--results", "x"]) == 1 and "is not a folder" in capsys.readouterr().err
+    for seeds in ("[3, 4]", "[]"):
+        assert main(["study", str(path), "--seeds", seeds]) == 1
+        assert f"seeds of the study, some of [3], got {seeds}" in capsys.readouterr().err
+
+
+def test_some_seeds(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Runs of the seeds that are named; public weights are quantized for whichever seed comes first."""
+    weights = {"path": "public.safetensors", "network": "resnet8", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    save_file(build_network("resnet8", 10).state_dict(), "public.safetensors")
+    runs = {**TINY["runs"], "teacher": {**TINY["runs"]["teacher"], "weights": weights}}
+    path = write_plan(TINY | {"seeds": [0, 1, 2], "runs": runs})
+    assert main(["study", str(path), "--seeds", "[2]", "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [(line.split()[1], line.split()[7]) for line in lines] == [("quantize", "0"), ("fit", "2")]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
@@ -150,6 +165,14 @@ def test_shipped_plans(path: Path, workspace: Path):
     for run in runs:
         alone = ("teacher", "control", "control_paper", "dml", "dml_paper")
         assert ("teacher" in run.needs) == (run.name not in alone)
+
+
+@pytest.mark.parametrize("dataset", ["cpu", "cifar10", "cifar100"])
+def test_who_shares_the_teachers_answers(dataset: str, workspace: Path):
+    """Who shows the teacher the same images as vanilla."""
+    runs = read_plan(CONFIGS / f"study_{dataset}.yaml", Path("runs"))
+    cached = {run.name for run in runs if "--model.init_args.teacher_cache=runs/teacher_logits" in run.arguments}
+    assert cached == {"vanilla", "dkd", "hint", "recover_2bit", "recover_3bit", "recover_4bit"}
 
 
 @pytest.mark.slow
@@ -450,6 +473,14 @@ def test_a_budget_is_planned_and_kept(workspace: Path, monkeypatch: pytest.Monke
     assert main(["study", str(path), "--budget_minutes=60", "--dry_run"]) == 0
     assert "as planned in runs/long/plan.yaml" in capsys.readouterr().err
     assert yaml.safe_load(Path("runs/long/plan.yaml").read_text()) == plan
+    Path("runs/long/plan.yaml").unlink()
+    assert main(["study", str(path), "--budget_minutes=200", "--seeds=[0]", "--dry_run"]) == 0
+    one_seed = yaml.safe_load(Path("runs/long/plan.yaml").read_text())  # without dml, which has seed 1 alone
+    assert one_seed["runs"].keys() == plan["runs"].keys()
+    minutes = {name: entry["minutes"] for name, entry in one_seed["runs"].items()}
+    assert one_seed["projected_minutes"] == pytest.approx(minutes["teacher"] + minutes["vanilla"], abs=0.1)
+    assert 0.9 * 190 < one_seed["projected_minutes"] <= 190
+    assert re.findall(r"(\w+, seed \d): \d+ epochs", capsys.readouterr().out) == ["teacher, seed 0", "vanilla, seed 0"]
     Path("runs/long/plan.yaml").unlink()
     assert main(["study", str(path), "--budget_minutes=1"]) == 1
     assert "1 minutes are too few" in capsys.readouterr().err and not Path("runs/long/plan.yaml").exists()

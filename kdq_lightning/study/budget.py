@@ -92,14 +92,15 @@ def total_minutes(planned: Sequence[PlannedRun], share: float, at_once: int) -> 
     return max(sum(plan.minutes(share) for plan in planned) / at_once, *ends.values())
 
 
-def make_plan(runs: Sequence[Run], minutes: float, devices: int, path: Path) -> None:
+def make_plan(runs: Sequence[Run], chosen: Sequence[Run], minutes: float, devices: int, path: Path) -> None:
     """Measure the runs, print the projection, and write the plan.
 
     Every run gets the same share of the epochs in its config, and never more. On a CPU, batches are at most 128, with
     the learning rate in proportion, and networks get smaller images in two thirds of the epochs.
 
     Args:
-        runs: All runs of the study.
+        runs: All runs of the study, which the plan is made for.
+        chosen: Those among them that have to fit.
         minutes: The budget.
         devices: Runs at once; on a CPU, which they share, that makes none shorter.
         path: File of the plan.
@@ -114,15 +115,16 @@ def make_plan(runs: Sequence[Run], minutes: float, devices: int, path: Path) -> 
         planned.append(meter.plan(run))
         cost = planned[-1].cost
         print(f"measured {run.label}: {cost.epoch:.1f} s an epoch, {cost.after:.0f} s after training", flush=True)
+    counted = [plan for plan in planned if plan.run in chosen]
     at_once = min(devices, max(torch.cuda.device_count(), 1))
     shares = (i / SHARES for i in range(SHARES, -1, -1))
-    share = next((share for share in shares if total_minutes(planned, share, at_once) <= USED * minutes), None)
+    share = next((share for share in shares if total_minutes(counted, share, at_once) <= USED * minutes), None)
     if share is None:
         raise UserError(
             f"{minutes:g} minutes are too few: quantization and an epoch at every image size take about"
-            f" {total_minutes(planned, 0, at_once) / USED:.0f}; give more, or drop runs or seeds"
+            f" {total_minutes(counted, 0, at_once) / USED:.0f}; give more, or drop runs or seeds"
         )
-    projected = total_minutes(planned, share, at_once)
+    projected = total_minutes(counted, share, at_once)
     content = {
         "budget_minutes": float(minutes),
         "projected_minutes": round(projected, 1),
@@ -130,7 +132,7 @@ def make_plan(runs: Sequence[Run], minutes: float, devices: int, path: Path) -> 
         "runs": {plan.run.name: plan.entry(share) for plan in reversed(planned)},  # minutes of the first seed
     }
     write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
-    for plan in planned:
+    for plan in counted:
         print(f"{plan.run.label}: {plan.epochs(share)} epochs, {plan.minutes(share):.1f} minutes")
     print(f"projected: {projected:.1f} of {minutes:g} minutes; the plan is {path}", flush=True)
 

@@ -22,6 +22,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("config", type=Path, help="The study's file, such as configs/study_quickstart.yaml.")
     parser.add_argument("--dry_run", action="store_true", help="Print the commands that are left, and run none.")
     parser.add_argument("--devices", type=int, default=1, help="Runs at once: one a GPU, or one a process on the CPU.")
+    parser.add_argument("--seeds", type=list[int] | None, default=None, help="Only the runs of these seeds: [0].")
     parser.add_argument("--results", type=Path | None, default=None, help="Folder of records that exist elsewhere.")
     parser.add_argument(
         "--budget_minutes", type=float | None, default=None, help="Plan the epochs that fit, by a few measured steps."
@@ -33,34 +34,44 @@ def main(args: list[str]) -> int:
         raise UserError(f"--results {options.results} is not a folder: give one that holds run folders")
     plan = ROOT / options.config.stem / PLAN
     runs = read_plan(options.config, ROOT)
+    chosen = _of_seeds(runs, options.seeds)
     if plan.is_file():
         print(f"epochs as planned in {plan}; delete it to plan anew", file=sys.stderr)
     elif options.budget_minutes is not None:
-        make_plan(runs, options.budget_minutes, options.devices, plan)
+        make_plan(runs, chosen, options.budget_minutes, options.devices, plan)
         runs = read_plan(options.config, ROOT)
+        chosen = _of_seeds(runs, options.seeds)
     done = find_done(runs, _places(options.results))
-    left = still_to_run(runs, done)
+    left = still_to_run(chosen, done)
     if options.dry_run:
         print("\n".join(run.line for run in left))
         return 0
     failed: list[Run] = []
     tried: set[Run] = set()
     while True:  # a teacher that was trained again leaves its students to do
-        failed += execute(left, options.devices, Progress(len(runs), len(left), options.devices))
+        failed += execute(left, options.devices, Progress(len(chosen), len(left), options.devices))
         tried.update(left)
         done = find_done(runs, _places(options.results))
-        left = [run for run in still_to_run(runs, done) if run not in tried]
+        left = [run for run in still_to_run(chosen, done) if run not in tried]
         if not left:
             break
-    missing = [run for run in runs if run not in done]
+    missing = [run for run in chosen if run not in done]
     if done:
         folders = dict.fromkeys(folder for found in done.values() for folder in found)
         write_report(list(folders), ROOT / options.config.stem / "report")
     for run in missing:
         print(f"not done: {run.label} ({_reason(run, failed)})")
     if missing:
-        print(f"{len(missing)} of {len(runs)} runs are not done; the same command goes on with them")
+        print(f"{len(missing)} of {len(chosen)} runs are not done; the same command goes on with them")
     return int(bool(missing))
+
+
+def _of_seeds(runs: Sequence[Run], seeds: Sequence[int] | None) -> list[Run]:
+    """Return the runs of some seeds; all if none are named."""
+    known = {run.seed for run in runs}
+    if seeds is not None and (not seeds or not known.issuperset(seeds)):
+        raise UserError(f"--seeds must name seeds of the study, some of {sorted(known)}, got {seeds}")
+    return [run for run in runs if seeds is None or run.seed in seeds or run.serves_all_seeds]
 
 
 def _places(results: Path | None) -> list[Path]:

@@ -86,6 +86,11 @@ class Run:
         return shlex.join(["kdq", *self.arguments])
 
     @property
+    def serves_all_seeds(self) -> bool:
+        """Whether it quantizes public weights, which know no seed."""
+        return self.command == "quantize" and not self.needs
+
+    @property
     def is_trained(self) -> bool:
         """Whether its weights are here, for the runs that need them."""
         return self.command == "quantize" or self.finished is not None
@@ -143,7 +148,7 @@ def read_plan(path: Path, root: Path) -> list[Run]:
         run
         for i, seed in enumerate(seeds)
         for run in _runs_of_a_seed(path, entries, everyones, planned, root / path.stem / f"seed{seed}", seed)
-        if i == 0 or run.command == "fit" or run.needs  # public weights know no seed
+        if i == 0 or not run.serves_all_seeds
     ]
     for name in dict.fromkeys(run.name for run in runs if run.command == "fit" and "weights" in entries[run.name]):
         print(f"{entries[name]['weights']['path']} is not there: {name} is trained instead", file=sys.stderr)
