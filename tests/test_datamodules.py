@@ -5,6 +5,9 @@ import multiprocessing
 import os
 import pickle
 import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,6 +111,39 @@ def test_packed_archive_alone_is_enough_without_network(tmp_path, archive):
     root.mkdir()
     (tmp_path / "cifar.tar.gz").rename(root / CIFAR10.filename)
     assert equal(cifar(root, download=False).test_set, cifar(archive).test_set)
+
+
+def test_runs_that_start_together_unpack_once(tmp_path, archive, monkeypatch):
+    """A run that finds another unpacking waits, then reads what that one has unpacked."""
+    root = tmp_path / "packed"
+    root.mkdir()
+    (tmp_path / "cifar.tar.gz").rename(root / CIFAR10.filename)
+    miniature, unpacking, begun = datamodules._CIFAR["cifar10"][0], [], threading.Event()
+    unpack = miniature.download
+
+    def slowly(dataset):
+        if dataset._check_integrity():
+            return
+        unpacking.append(1)
+        batches = root / CIFAR10.base_folder
+        batches.mkdir()
+        (batches / "data_batch_1").write_bytes(b"half of it")
+        begun.set()
+        time.sleep(0.5)
+        unpack(dataset)
+
+    monkeypatch.setattr(miniature, "download", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cifar, root)
+        assert begun.wait(10)
+        second = pool.submit(cifar, root)
+        assert equal(first.result().train_set, second.result().train_set)
+    assert len(unpacking) == 1
+
+
+def test_unpacked_archive_is_read_where_nothing_can_be_written(archive, monkeypatch):
+    monkeypatch.setattr(datamodules, "FileLock", None)
+    assert len(cifar(archive).test_set.labels) == 30
 
 
 @pytest.mark.parametrize("download", [True, False])

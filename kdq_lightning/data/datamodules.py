@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
@@ -74,8 +75,14 @@ class CIFARDataModule(ImageDataModule):
             return
         packed = self.root / self._archive.filename
         try:
-            fetch = self.download or check_integrity(packed, self._archive.tgz_md5)
-            self._archive(self.root, train=False, download=fetch)
+            try:
+                self._archive(self.root, train=False)
+            except RuntimeError:  # not unpacked
+                if not (self.download or check_integrity(packed, self._archive.tgz_md5)):
+                    raise
+                self.root.mkdir(parents=True, exist_ok=True)
+                with FileLock(self.root / f".{self.dataset}.lock"):  # several runs of a study may want it at once
+                    self._archive(self.root, train=False, download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"no {self.dataset} in {self.root} ({error}): put the official {packed.name} or class "
