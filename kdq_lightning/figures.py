@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kdq_lightning.results import FLOAT_BITS, Record
 
-# Colours of Okabe & Ito, which colour-blind readers tell apart; a strategy has the same colour in every figure.
+# Colours of Okabe & Ito, which colour-blind readers tell apart; a strategy has the same in every figure.
 COLOURS = {
     "teacher": "#000000",
     "control": "#999999",
@@ -23,7 +23,7 @@ COLOURS = {
     "dml": "#CC79A7",
     "recover": "#D55E00",
 }
-_MARKERS = "osD^vPX*"
+_MARKERS = dict(zip(COLOURS, "osD^vPX*", strict=True))
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Curve:
 
     Attributes:
         label: In the legend.
-        strategy: As in the records; it gives the colour.
+        strategy: As in the records; it gives colour and marker.
         x: Bit widths, or bytes.
         y: What is shown there.
         deviations: Over seeds; empty or None where there is none.
@@ -172,12 +172,12 @@ def _frame(axes: Axes, ylabel: str) -> None:
 
 
 def _styles(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """Return how each curve is drawn: the colour is the strategy's, further curves of a strategy are dashed."""
+    """Return how each curve is drawn: colour and marker are the strategy's, further curves of a strategy are dashed."""
     drawn = [curve.strategy for curve in curves]
     return [
         {
             "color": COLOURS.get(curve.strategy, f"C{i}"),
-            "marker": _MARKERS[i % len(_MARKERS)],
+            "marker": _MARKERS.get(curve.strategy, "."),
             "markersize": 5,
             "linewidth": 1.5,
             "linestyle": ("-", "--", ":", "-.")[drawn[:i].count(curve.strategy) % 4],

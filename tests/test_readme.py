@@ -22,6 +22,8 @@ def test_accuracies_of_the_engine():
         assert levels == str(found[method, 2]["levels"])
         expected = [f"{mean(found[method, bits]['top1']):.2f}" if (method, bits) in found else "-" for bits in BITS]
         assert cells == expected
+    five = next(cells[3] for name, _, method, _, *cells in rows if (name, method) == ("resnet20-cifar10", "default"))
+    assert f"has {five} % in\nthe file of 5 bits" in "\n".join(lines)  # said of the study's students, too
 
 
 def test_report_of_the_study(tmp_path: Path):

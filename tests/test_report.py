@@ -12,6 +12,7 @@ from PIL import Image
 
 from kdq_lightning.cli import main
 from kdq_lightning.errors import UserError
+from kdq_lightning.figures import Curve, plot_by_bits, plot_by_bytes
 from kdq_lightning.report.answer import choose_measurement, duels_by_budget, duels_by_file, files_of
 from kdq_lightning.report.claims import drops, format_difference, format_p
 from kdq_lightning.report.command import write_report
@@ -96,6 +97,17 @@ def test_pictures_are_drawn(report: Path):
     for name in ("accuracy_vs_bits", "accuracy_vs_bytes", "agreement_teacher", "relative_error"):
         pixels = np.asarray(Image.open(report / f"{name}_cifar10.png").convert("RGB")).reshape(-1, 3)
         assert ((pixels == (0x00, 0x72, 0xB2)).all(1)).sum() > 200, name  # vanilla's blue
+
+
+def test_a_strategy_looks_the_same_in_every_figure():
+    """Also where rows that stand before it elsewhere are missing."""
+    curves = [Curve(name, name, [2, 3], [80, 81]) for name in ("control", "vanilla", "hint")]
+    figures = plot_by_bits(curves, ""), plot_by_bits(curves[1:], ""), plot_by_bytes(curves[2:], [], "")
+    looks = [
+        (bars[-1].lines[0].get_color(), bars[-1].lines[0].get_marker())
+        for bars in (figure.axes[0].containers for figure in figures)
+    ]
+    assert looks[0] == looks[1] == looks[2]
 
 
 def test_equal_records_give_equal_reports(study: Path, report: Path, tmp_path: Path):
@@ -220,7 +232,7 @@ def test_seeds_are_named_by_row_where_they_differ(tmp_path: Path):
 
 
 def test_gains_in_words():
-    better, worse, neither = (Difference(points, 0, 0, p, 1) for points, p in ((1, 0.049), (-1, 0.01), (9, 0.05)))
+    better, worse, neither = (Difference(points, 0, 0, p, 3) for points, p in ((1, 0.049), (-1, 0.01), (9, 0.05)))
     gains = {
         "A": {2: better, 3: neither, 4: better, 32: better},
         "B": {2: worse, 32: worse},
@@ -231,6 +243,11 @@ def test_gains_in_words():
     assert sentence_of_gains(gains) == (
         "Against the control: A better at 2, 4 bits and float; B worse at every bit width; C not distinguishable;"
         " D better at 4 bits and worse at 2 bits; E better at float."
+    )
+    gains = {"A": {2: better._replace(runs=1)}, "B": {2: better}, "C": {2: neither._replace(runs=1)}}
+    assert sentence_of_gains(gains) == (
+        "Against the control: A better at every bit width; B better at every bit width; C not distinguishable."
+        " With one seed on a side, so tested against the images' chance alone: A, C."
     )
 
 

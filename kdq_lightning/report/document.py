@@ -5,12 +5,14 @@ from typing import NamedTuple
 
 from kdq_lightning.figures import render
 from kdq_lightning.report.answer import Duel, File, duels_by_budget, duels_by_file, files_of
+from kdq_lightning.report.claims import RESAMPLES as DROP_RESAMPLES
 from kdq_lightning.report.claims import Drop, drops, format_difference, format_p, nearly_float, sharper_drop
 from kdq_lightning.report.gains import gains_over_control, sentence_of_gains, table_of_gains
 from kdq_lightning.report.pictures import figures_of
-from kdq_lightning.report.published import WINNER
+from kdq_lightning.report.published import NETWORKS, WINNER
 from kdq_lightning.report.rows import TITLES, Row
 from kdq_lightning.report.sentences import VERDICTS, Wishes, answer, over_all, shipped, verdict
+from kdq_lightning.report.significance import RESAMPLES
 from kdq_lightning.report.tables import (
     MISSING,
     Entry,
@@ -65,10 +67,14 @@ size, the file to ship) is made on validation images."""
 METHOD = (
     "At equal bytes: each file against the opponent's best file of no more bytes, chosen on validation. Sizes are those"
     " of files on disk; the float network's is its float32 `.safetensors` file.",
-    "Differences: paired bootstrap over the test images and the seeds of each side, 95 % intervals in brackets,"
-    " p-values adjusted (Holm) over the tests that a sentence or table makes together; intervals and McNemar's mid-p,"
-    " that of one seed, are not. With one seed a side an interval knows the chance of the images alone; with two or"
-    " three it is somewhat too narrow.",
+    "Differences: paired bootstrap over the test images and the seeds of each side, 95 % intervals in brackets."
+    " p-values are adjusted (Holm) over the bit widths of a row against one reference, and over the budgets of a data"
+    f" set, not over rows; intervals and McNemar's mid-p, that of one seed, are not. Before it, {RESAMPLES:,} resamples"
+    f" can show no p below {2 / (RESAMPLES + 1):.4f}, and {DROP_RESAMPLES:,} (losses from float) none below"
+    f" {2 / (DROP_RESAMPLES + 1):.3f}. Of a side with one seed an interval knows the chance of the images alone; with"
+    " two or three it is somewhat too narrow. Calibration images are the same for all seeds: their chance is in no"
+    " interval.",
+    "The figures' Pareto front is drawn on the test accuracies.",
     "Mutual learning: tables show the mean over peers, paired tests use the first peer.",
     "Weights of few bits save storage and traffic; arithmetic stays float unless a kernel for them exists.",
 )
@@ -77,8 +83,10 @@ METHOD = (
 def _claims(dataset: str, rows: Sequence[Row], found: str | None, lost: Sequence[Drop]) -> str:
     """Return what the records say of each published claim on a data set."""
     claimed = f"the quantized {WINNER[dataset]} wins here" if dataset in WINNER else "nothing on this data set"
+    networks = dict.fromkeys(row.network for row in rows)
     blocks = [
         f"### {dataset}",
+        f"Published of {' and '.join(NETWORKS)} at 2^b + 1 levels, measured of {' and '.join(networks)}.",
         f"**Which track wins.** Published: {claimed}. Measured, at equal bytes: {VERDICTS[found]}.",
         "**Does the student drop more sharply?** Loss from float minus the teacher's loss, in points:\n\n"
         + _bullets(sharper_drop(lost, rows)),

@@ -61,7 +61,9 @@ def sentence_of_gains(gains: Gains) -> str:
             if widths:
                 verdicts.append(f"{verdict} at {'every bit width' if len(widths) == len(tests) else _listed(widths)}")
         parts.append(f"{label} {' and '.join(verdicts) or 'not distinguishable'}")
-    return f"Against the control: {'; '.join(parts)}."
+    single = [label for label, tests in gains.items() if any(test.runs == 1 for test in tests.values())]
+    doubt = f" With one seed on a side, so tested against the images' chance alone: {', '.join(single)}."
+    return f"Against the control: {'; '.join(parts)}.{doubt if single else ''}"
 
 
 def _listed(widths: Sequence[int]) -> str:

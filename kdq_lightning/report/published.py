@@ -5,6 +5,9 @@ chosen for each network and bit width on the test set, one seed. Column 32 mixes
 bits, DKD the float network; where the float accuracy is known beside it, `FLOAT` has it.
 """
 
+NETWORKS = ("resnet50", "resnet18")
+"""Teacher and student."""
+
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 
 TOP1: dict[str, dict[str, tuple[float, ...]]] = {
