@@ -235,14 +235,16 @@ def test_gains_in_words():
     better, worse, neither = (Difference(points, 0, 0, p, 3) for points, p in ((1, 0.049), (-1, 0.01), (9, 0.05)))
     gains = {
         "A": {2: better, 3: neither, 4: better, 32: better},
-        "B": {2: worse, 32: worse},
+        "B": {2: worse, 3: worse, 4: worse, 32: worse},
         "C": {2: neither, 32: neither},
         "D": {2: worse, 4: better, 32: neither},
         "E": {2: neither, 32: better},
+        "F": {2: better},
     }
     assert sentence_of_gains(gains) == (
         "Against the control: A better at 2, 4 bits and float; B worse at every bit width; C not distinguishable;"
-        " D better at 4 bits and worse at 2 bits; E better at float."
+        " D better at 4 bits and worse at 2 bits; E better at float;"
+        " F better at 2 bits."
     )
     gains = {"A": {2: better._replace(runs=1)}, "B": {2: better}, "C": {2: neither._replace(runs=1)}}
     assert sentence_of_gains(gains) == (

@@ -53,13 +53,13 @@ def table_of_gains(gains: Gains, rows: Sequence[Row]) -> Table:
 
 def sentence_of_gains(gains: Gains) -> str:
     """Say at which bit widths each student is better or worse than the control."""
-    parts = []
+    parts, every = [], max(map(len, gains.values()))
     for label, tests in gains.items():
         verdicts = []
         for verdict, sign in (("better", 1), ("worse", -1)):
             widths = [bits for bits, test in tests.items() if test.p < LEVEL and sign * test.points > 0]
             if widths:
-                verdicts.append(f"{verdict} at {'every bit width' if len(widths) == len(tests) else _listed(widths)}")
+                verdicts.append(f"{verdict} at {'every bit width' if len(widths) == every else _listed(widths)}")
         parts.append(f"{label} {' and '.join(verdicts) or 'not distinguishable'}")
     single = [label for label, tests in gains.items() if any(test.runs == 1 for test in tests.values())]
     doubt = f" With one seed on a side, so tested against the images' chance alone: {', '.join(single)}."
