@@ -1,10 +1,12 @@
 """The README's numbers are those of the committed records."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
 from kdq_lightning.cli import main
+from kdq_lightning.results import FLOAT_BITS, find_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -24,6 +26,30 @@ def test_accuracies_of_the_engine():
         assert cells == expected
     five = next(cells[3] for name, _, method, _, *cells in rows if (name, method) == ("resnet20-cifar10", "default"))
     assert f"has {five} % in\nthe file of 5 bits" in "\n".join(lines)  # said of the study's students, too
+
+
+def test_hours_and_gaps_of_the_study():
+    """What is said in words: core hours, how much validation flatters who had the teacher, mixup's distance."""
+    folder = RESULTS / "cpu_cifar10"
+    text = (folder / "README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    hours = sum(float(row[4]) for row in rows if row[4] not in ("hours", "-"))
+    assert f"  # {hours:.0f} core hours;" in (ROOT / "README.md").read_text()
+    assert {(name, seed) for name, seed, *_ in rows} == {("run", "seed"), ("teacher", "-")} | {
+        (path.parent.name, path.parent.parent.name.removeprefix("seed"))
+        for path in folder.glob("seed*/*/quantized.csv")
+        if path.parent.name != "teacher"
+    }
+    floats = defaultdict(list)
+    for records in find_records(folder).values():
+        for record in records:
+            if record.bits == FLOAT_BITS:
+                floats[record.strategy].append((record.val_top1 - record.test_top1, record.test_top1))
+    above = {strategy: mean(gap for gap, _ in found) for strategy, found in floats.items()}
+    further = [above[strategy] - above["control"] for strategy in ("vanilla", "dkd", "hint", "mixup")]
+    assert f"they are {min(further):.1f} to {max(further):.1f} points" in text
+    behind = mean(test for _, test in floats["control"]) - mean(test for _, test in floats["mixup"])
+    assert f"is {behind:.1f} points behind the control" in text
 
 
 def test_report_of_the_study(tmp_path: Path):
