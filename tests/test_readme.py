@@ -40,14 +40,18 @@ def test_hours_and_gaps_of_the_study():
         for path in folder.glob("seed*/*/quantized.csv")
         if path.parent.name != "teacher"
     }
-    floats = defaultdict(list)
+    floats, first = defaultdict(list), {}
     for records in find_records(folder).values():
         for record in records:
             if record.bits == FLOAT_BITS:
                 floats[record.strategy].append((record.val_top1 - record.test_top1, record.test_top1))
+            if record.seed == 0:
+                first[record.strategy, record.bits] = record.test_top1
     above = {strategy: mean(gap for gap, _ in found) for strategy, found in floats.items()}
     further = [above[strategy] - above["control"] for strategy in ("vanilla", "dkd", "hint", "mixup")]
     assert f"they are {min(further):.1f} to {max(further):.1f} points" in text
+    gained = [f"{first['recover', bits] - first['vanilla', bits]:.2f}" for bits in (2, 3, 4)]
+    assert "gain on them {}, {} and {} points".format(*gained) in text
     behind = mean(test for _, test in floats["control"]) - mean(test for _, test in floats["mixup"])
     assert f"is {behind:.1f} points behind the control" in text
 
