@@ -5,7 +5,10 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+import yaml
+
 from kdq_lightning.cli import main
+from kdq_lightning.report.published import TOP1
 from kdq_lightning.results import FLOAT_BITS, find_records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +57,18 @@ def test_hours_and_gaps_of_the_study():
     assert "gain on them {}, {} and {} points".format(*gained) in text
     behind = mean(test for _, test in floats["control"]) - mean(test for _, test in floats["mixup"])
     assert f"is {behind:.1f} points behind the control" in text
+
+
+def test_projection_of_the_published_study():
+    plan = yaml.safe_load((RESULTS / "published_cifar10" / "plan.yaml").read_text())
+    text = " ".join((ROOT / "README.md").read_text().split())
+    epochs = plan["runs"]["teacher"]["options"]["trainer.max_epochs"]
+    assert all(plan["runs"][name]["options"]["trainer.max_epochs"] == epochs for name in ("control", "dml", "hint"))
+    assert f"{epochs} epochs a run on the same two cores" in text
+    assert f"projects {plan['projected_minutes'] / 60:.0f} hours" in text
+    assert f"--budget_minutes {plan['budget_minutes']:.0f} --dry_run" in text
+    cells = sum(len(row) for rows in TOP1.values() for row in rows.values())
+    assert f"none of its {cells} cells is beaten" in text
 
 
 def test_report_of_the_study(tmp_path: Path):
