@@ -17,8 +17,8 @@ BITS = (2, 3, 4, 5, 8)
 
 
 def test_accuracies_of_the_engine():
-    lines = (ROOT / "README.md").read_text().splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| resnet")]
+    text = (ROOT / "README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| resnet")]
     assert len(rows) == 7
     for name, network, method, levels, *cells in rows:
         record = json.loads((RESULTS / "engine" / f"{name}.json").read_text())
@@ -28,7 +28,7 @@ def test_accuracies_of_the_engine():
         expected = [f"{mean(found[method, bits]['top1']):.2f}" if (method, bits) in found else "-" for bits in BITS]
         assert cells == expected
     five = next(cells[3] for name, _, method, _, *cells in rows if (name, method) == ("resnet20-cifar10", "default"))
-    assert f"has {five} % in\nthe file of 5 bits" in "\n".join(lines)  # said of the study's students, too
+    assert f"has {five} % in the file of 5 bits" in text  # said of the study's students, too
 
 
 def test_hours_and_gaps_of_the_study():
@@ -37,7 +37,7 @@ def test_hours_and_gaps_of_the_study():
     text = (folder / "README.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     hours = sum(float(row[4]) for row in rows if row[4] not in ("hours", "-"))
-    assert f"  # {hours:.0f} core hours;" in (ROOT / "README.md").read_text()
+    assert f"  # {hours:.0f} core hours of training;" in (ROOT / "README.md").read_text()
     assert {(name, seed) for name, seed, *_ in rows} == {("run", "seed"), ("teacher", "-")} | {
         (path.parent.name, path.parent.parent.name.removeprefix("seed"))
         for path in folder.glob("seed*/*/quantized.csv")

@@ -73,22 +73,25 @@ class CIFARDataModule(ImageDataModule):
         """
         if self._folders.is_dir():
             return
-        packed = self.root / self._archive.filename
         try:
-            try:
-                self._archive(self.root, train=False)
-            except RuntimeError:  # not unpacked
-                if not (self.download or check_integrity(packed, self._archive.tgz_md5)):
-                    raise
-                self.root.mkdir(parents=True, exist_ok=True)
-                with FileLock(self.root / f".{self.dataset}.lock"):  # several runs of a study may want it at once
-                    self._archive(self.root, train=False, download=True)
+            self._unpack()
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"no {self.dataset} in {self.root} ({error}): put the official {packed.name} or class "
+                f"no {self.dataset} in {self.root} ({error}): put the official {self._archive.filename} or class "
                 f"folders {self._folders}/{{train,test}}/<class>/*.png there, or try configs/quickstart.yaml, whose "
                 "digits need no download"
             ) from error
+
+    def _unpack(self) -> None:
+        """Unpack the archive, downloaded if it isn't there; nothing is written if it is unpacked already."""
+        try:
+            self._archive(self.root, train=False)
+        except RuntimeError:
+            if not (self.download or check_integrity(self.root / self._archive.filename, self._archive.tgz_md5)):
+                raise
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / f".{self.dataset}.lock"):  # several runs of a study may want it at once
+                self._archive(self.root, train=False, download=True)
 
     def read(self) -> tuple[ImageSet, ImageSet]:
         """Return training and test set from whichever source is there."""

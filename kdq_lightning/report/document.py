@@ -69,8 +69,8 @@ METHOD = (
     " of files on disk; the float network's is its float32 `.safetensors` file.",
     "Differences: paired bootstrap over the test images and the seeds of each side, 95 % intervals in brackets."
     " p-values are adjusted (Holm) over the bit widths of a row against one reference, and over the budgets of a data"
-    f" set, not over rows; intervals and McNemar's mid-p, that of one seed, are not. Before it, {RESAMPLES:,} resamples"
-    f" can show no p below {2 / (RESAMPLES + 1):.4f}, and {DROP_RESAMPLES:,} (losses from float) none below"
+    f" set, not over rows; intervals and McNemar's mid-p, that of one seed, are not. Unadjusted, {RESAMPLES:,}"
+    f" resamples can show no p below {2 / (RESAMPLES + 1):.4f}, and {DROP_RESAMPLES:,} (losses from float) none below"
     f" {2 / (DROP_RESAMPLES + 1):.3f}. Of a side with one seed an interval knows the chance of the images alone; with"
     " two or three it is somewhat too narrow. Calibration images are the same for all seeds: their chance is in no"
     " interval.",
@@ -82,12 +82,13 @@ METHOD = (
 
 def _claims(dataset: str, rows: Sequence[Row], found: str | None, lost: Sequence[Drop]) -> str:
     """Return what the records say of each published claim on a data set."""
-    claimed = f"the quantized {WINNER[dataset]} wins here" if dataset in WINNER else "nothing on this data set"
-    networks = dict.fromkeys(row.network for row in rows)
+    claimed = "nothing on this data set"
+    if dataset in WINNER:
+        claimed = f"the quantized {WINNER[dataset]} wins here ({', '.join(NETWORKS)}, 2^b + 1 levels)"
+    networks = ", ".join(dict.fromkeys(row.network for row in rows))
     blocks = [
         f"### {dataset}",
-        f"Published of {' and '.join(NETWORKS)} at 2^b + 1 levels, measured of {' and '.join(networks)}.",
-        f"**Which track wins.** Published: {claimed}. Measured, at equal bytes: {VERDICTS[found]}.",
+        f"**Which track wins.** Published: {claimed}. Measured, at equal bytes: {VERDICTS[found]} ({networks}).",
         "**Does the student drop more sharply?** Loss from float minus the teacher's loss, in points:\n\n"
         + _bullets(sharper_drop(lost, rows)),
         "**Do quantized networks nearly match float?** Loss from float, in points:\n\n" + _bullets(nearly_float(lost)),
