@@ -210,9 +210,9 @@ class CommandLine(LightningCLI):
             "networks": {name: entry["network"] for name, entry in self.checkpoint["networks"].items()},
         }
         for name, value in now.items():
-            if then[name] != value:
+            if then.get(name, "sgd" if name == "optimizer" else None) != value:
                 raise UserError(
-                    f"{self.resumed} was trained with {name} {then[name]}, this command says {value}:"
+                    f"{self.resumed} was trained with {name} {then.get(name, 'sgd')}, this command says {value}:"
                     f" give the same, or leave out --ckpt_path"
                 )
 

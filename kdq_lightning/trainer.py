@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
 from kdq_lightning.interruption import Interruption
+from kdq_lightning.modules.muon import multiplies_bfloat16
 from kdq_lightning.post_training import PostTrainingQuantization
 
 
@@ -133,8 +134,5 @@ def _with_checkpoint_io(plugins: Any) -> list[Any]:  # noqa: ANN401
 
 def choose_precision(accelerator: str = "auto") -> str:
     """Return "bf16-mixed" where the device multiplies bfloat16 natively (emulation is slower), else "32-true"."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if native else "32-true"
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if multiplies_bfloat16("cuda" if on_gpu else "cpu") else "32-true"

@@ -155,3 +155,19 @@ def test_normalize_and_renormalize():
     changed = renormalize(images, mean, std, to_mean, to_std)
     torch.testing.assert_close(changed, normalize(IMAGES, to_mean, to_std), rtol=1e-5, atol=2e-6)
     assert renormalize(images, mean, std, mean, std) is images
+
+
+def test_alternate_flip_shows_both_sides_in_two_epochs():
+    """Each image is mirrored in every second epoch, about half of them in the first, others with another seed."""
+    images = torch.arange(200 * 3 * 4, dtype=torch.uint8).reshape(200, 3, 1, 4)
+    index = torch.arange(200)
+
+    def mirrored(epoch: int, seed: int = 0) -> torch.Tensor:
+        views = augment(images, index, seed=seed, epoch=epoch, flip="alternate")
+        is_mirrored = (views == images.flip(3)).flatten(1).all(1)
+        assert torch.equal(is_mirrored, ~(views == images).flatten(1).all(1))
+        return is_mirrored
+
+    assert torch.equal(mirrored(0), ~mirrored(1)) and torch.equal(mirrored(0), mirrored(2))
+    assert 70 < mirrored(0).sum() < 130
+    assert not torch.equal(mirrored(0), mirrored(0, seed=1))

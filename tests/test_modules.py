@@ -104,7 +104,7 @@ def test_dkd(epoch: int, ramp: float):
 def hinted(step: int) -> HintKD:
     module = student(HintKD, step=step)
     module.regressor = nn.Conv2d(32, 32, 1)
-    module.cycles(100)
+    module.cycles(100, warmup=0.25)
     return module
 
 
@@ -150,7 +150,7 @@ def test_hints_of_shrunk_images_are_averaged():
 
 def test_hint_learning_rates():
     """Before the second stage the rest stands still; each stage has its own warm-up and ends at 0."""
-    (_, half), (rest_modules, rest), (_, regressor) = hinted(step=0).cycles(100)
+    (_, half), (rest_modules, rest), (_, regressor) = hinted(step=0).cycles(100, warmup=0.25)
     assert [rest(step) for step in (0, 10, 19)] == [0, 0, 0]
     assert half(4) == pytest.approx(5 / 6) and half(19) == pytest.approx(1 / 15)
     assert half(20) == rest(20) == pytest.approx(1 / 21) and half(39) == rest(39) == pytest.approx(20 / 21)

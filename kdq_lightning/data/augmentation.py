@@ -4,6 +4,8 @@ Random numbers come from a counter hash instead of a generator, so the order of 
 resumed run and the number of ranks all leave every view as it was.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,7 @@ from kdq_lightning.data.trivial_augment import trivial_augment_wide
 _GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, as int64: the increment of splitmix64
 _FIRST_MIX = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _SECOND_MIX = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+_ALTERNATE = 8  # the draw that decides in which epochs an image is mirrored
 
 
 def _xor_shift(bits: Tensor, shift: int) -> Tensor:
@@ -48,7 +51,7 @@ def augment(
     seed: int,
     epoch: int,
     crop: int = 0,
-    flip: bool = False,
+    flip: bool | Literal["alternate"] = False,
     cutout: int = 0,
     trivial_augment: bool = False,
     fill: tuple[int, int, int] = (0, 0, 0),
@@ -61,7 +64,8 @@ def augment(
         seed: Seed of the run.
         epoch: Epoch that the view belongs to.
         crop: Random shift by up to this many pixels in each direction; zeros move in (He et al. 2015).
-        flip: Mirror every other image on average.
+        flip: Mirror every other image on average, drawn anew each epoch; "alternate" draws once an image, and mirrors
+            it in every second epoch, so that two epochs show both of its sides (Jordan 2024).
         cutout: Side in pixels of a square that is painted over, 0 for none; its centre is uniform over the image, so
             part of it may lie outside (DeVries and Taylor 2017).
         trivial_augment: Apply one random operation of TrivialAugmentWide to each image (Müller and Hutter 2021).
@@ -75,7 +79,10 @@ def augment(
     shift_y, shift_x, mirror, centre_y, centre_x, operation, level, sign = draws.unbind(1)
     if crop and len(images):
         images = _crop(images, shift_y, shift_x, crop)
-    if flip:
+    if flip == "alternate":
+        is_first = hash_uniform(seed, index, _ALTERNATE) < 0.5
+        images = _mirror(images, is_first ^ bool(epoch % 2))
+    elif flip:
         images = _mirror(images, mirror < 0.5)
     if trivial_augment:
         images = trivial_augment_wide(images, operation, level, sign)

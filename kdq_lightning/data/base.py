@@ -3,7 +3,7 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -34,7 +34,7 @@ class ImageDataModule(LightningDataModule, ABC):
         batch_size: int = 128,
         val_size: int | float = 5000,
         crop: int = 4,
-        flip: bool = True,
+        flip: bool | Literal["alternate"] = True,
         cutout: int = 0,
         trivial_augment: bool = False,
         image_sizes: list[int] | None = None,
@@ -52,7 +52,7 @@ class ImageDataModule(LightningDataModule, ABC):
             batch_size: Images a step, over all processes.
             val_size: Images kept from training for validation: a count, or a fraction below 1.
             crop: Largest random shift in pixels, 0 for none.
-            flip: Mirror every other image.
+            flip: Mirror every other image; `alternate` mirrors each in every second epoch.
             cutout: Side in pixels of the square painted over with the mean colour, 0 for none.
             trivial_augment: Apply TrivialAugmentWide to each image.
             image_sizes: Sides in pixels that the trained network gets training images at, spread evenly over the run's

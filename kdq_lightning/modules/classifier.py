@@ -16,7 +16,9 @@ from kdq_lightning.data.images import Batch
 from kdq_lightning.data.normalization import Statistics, renormalize
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import cross_entropy
+from kdq_lightning.modules import muon
 from kdq_lightning.modules.epoch import TrainingEpoch
+from kdq_lightning.modules.muon import Muon
 from kdq_lightning.modules.schedule import Cycle, one_cycle
 from kdq_lightning.modules.scores import Scores
 from kdq_lightning.modules.teacher import Teacher
@@ -26,6 +28,8 @@ from kdq_lightning.quantization.alphabet import QuantizedWeight
 Strategy = Literal["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml", "recover"]
 
 PRINTED = ("train/loss", "train/top1", "val/loss", "val/top1", "val/agreement", "train/images_per_second")
+
+MUON_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 CHECK_EVERY = 50  # steps between two looks at the loss: each look makes the host wait for the device
 
@@ -58,6 +62,8 @@ class Classifier(LightningModule):
         weights_mean: Statistics | None = None,
         weights_std: Statistics | None = None,
         strategy: Strategy = "control",
+        optimizer: Literal["muon"] | None = None,
+        kernel_learning_rate: float | None = None,
     ) -> None:
         """Build the network.
 
@@ -72,17 +78,25 @@ class Classifier(LightningModule):
             weights_mean: Channel means of the inputs that a plain state dict was trained on.
             weights_std: Their channel deviations.
             strategy: What records call this run.
+            optimizer: None is SGD; `muon` trains the convolutions' kernels, all but the stem's, by `muon.Muon`.
+            kernel_learning_rate: Muon's rate of these kernels, 0.2 if not given, which falls linearly to 0 from the
+                start; `learning_rate` is that of all other parameters.
 
         Raises:
             UserError: If the network is unknown or a number is out of range.
         """
         super().__init__()
         self.save_hyperparameters()
+        if kernel_learning_rate is not None and optimizer != "muon":
+            raise UserError("kernel_learning_rate belongs to Muon: give --model.init_args.optimizer muon, too")
+        self.kernel_learning_rate = 0.2 if kernel_learning_rate is None else kernel_learning_rate
+        check_range("kernel_learning_rate", self.kernel_learning_rate, low=0, high=1e3)
         check_range("learning_rate", learning_rate, low=0, high=1e3)
         check_range("weight_decay", weight_decay, low=0, including_low=True)
         check_range("warmup", warmup, low=0, high=1, including_low=True)
         self.network_name, self.num_classes, self.strategy = network, num_classes, strategy
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        self.optimizer = optimizer
         self.weights, self.weights_mean, self.weights_std = weights, weights_mean, weights_std
         self.mean: Statistics | None = None  # of the inputs that the network expects; known from setup on
         self.std: Statistics | None = None
@@ -183,6 +197,7 @@ class Classifier(LightningModule):
         """Return what a resumed run must share with the run that it goes on with."""
         return {
             "strategy": self.strategy,
+            "optimizer": self.optimizer or "sgd",
             "seed_everything": getattr(self.trainer.datamodule, "seed", None),  # type: ignore[attr-defined]
             "max_epochs": self.trainer.max_epochs,
             "max_steps": self.trainer.max_steps,
@@ -197,24 +212,54 @@ class Classifier(LightningModule):
     # --- training
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """SGD with Nesterov momentum 0.9 under `one_cycle`, per step; see `cycles` for what runs when."""
+        """SGD with Nesterov momentum 0.9, or Muon, under `one_cycle`, per step; see `cycles` for what runs when."""
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise UserError("the learning rate needs an end: give --trainer.max_epochs or --trainer.max_steps")
-        groups, shapes = [], []
-        for modules, shape in self.cycles(int(total)):
+        kernels = self._muon_kernels()
+        groups: list[dict[str, Any]] = []
+        shapes: list[Cycle] = []
+        for (modules, shape), (_, kernel_shape) in zip(
+            self.cycles(int(total), self.warmup), self.cycles(int(total), warmup=0), strict=True
+        ):
             parameters = [parameter for module in modules for parameter in module.parameters()]
             for decayed in (True, False):
-                chosen = [parameter for parameter in parameters if (parameter.ndim > 1) == decayed]
+                chosen = [p for p in parameters if (p.ndim > 1) == decayed and id(p) not in kernels]
                 groups.append({"params": chosen, "weight_decay": self.weight_decay if decayed else 0.0})
                 shapes.append(shape)
-        optimizer = torch.optim.SGD(groups, self.learning_rate, momentum=0.9, nesterov=True)
+            if chosen := [parameter for parameter in parameters if id(parameter) in kernels]:
+                groups.append({"params": chosen, "lr": self.kernel_learning_rate, "momentum": 0.6, "orthogonal": True})
+                shapes.append(kernel_shape)
+        optimizer: torch.optim.Optimizer = (
+            Muon(groups, self.learning_rate)
+            if kernels
+            else torch.optim.SGD(groups, self.learning_rate, momentum=0.9, nesterov=True)
+        )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shapes)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def cycles(self, total: int) -> list[tuple[list[nn.Module], Cycle]]:
-        """Return groups of modules, each with its learning rate over `total` steps as a share of the peak."""
-        return [(list(self.networks().values()), one_cycle(total, self.warmup))]
+    def _muon_kernels(self) -> set[int]:
+        """Return the identities of the parameters that Muon trains; none with SGD."""
+        if self.optimizer is None:
+            return set()
+        if str(self.trainer.precision) not in MUON_PRECISIONS:
+            raise UserError(
+                f"optimizer muon keeps its weights in float32: give --trainer.precision one of"
+                f" {', '.join(MUON_PRECISIONS)}, not {self.trainer.precision}"
+            )
+        return {id(kernel) for kernel in muon.kernels(self.networks().values())}
+
+    def cycles(self, total: int, warmup: float) -> list[tuple[list[nn.Module], Cycle]]:
+        """Return groups of modules, each with its learning rate over the steps.
+
+        Args:
+            total: Number of steps.
+            warmup: Share of the steps in which the rate rises.
+
+        Returns:
+            Pairs of modules and their learning rate as a share of the peak.
+        """
+        return [(list(self.networks().values()), one_cycle(total, warmup))]
 
     def on_train_start(self) -> None:
         """Start the epoch, which is known from here on: Lightning leaves that out when it resumes within one."""

@@ -55,11 +55,11 @@ class HintKD(VanillaKD):
         outputs, inputs = checkpoint["state_dict"]["regressor.weight"].shape[:2]
         self.regressor = nn.Conv2d(inputs, outputs, kernel_size=1)
 
-    def cycles(self, total: int) -> list[tuple[list[nn.Module], Cycle]]:
+    def cycles(self, total: int, warmup: float) -> list[tuple[list[nn.Module], Cycle]]:
         """Give the first half both cycles, r the first one and the rest the second one."""
         self.hint_steps = min(max(round(self.hint_share * total), 1), total - 1)
-        first = one_cycle(self.hint_steps, self.warmup)
-        second = one_cycle(total - self.hint_steps, self.warmup, start=self.hint_steps)
+        first = one_cycle(self.hint_steps, warmup)
+        second = one_cycle(total - self.hint_steps, warmup, start=self.hint_steps)
         assert self.regressor is not None, "built in setup"
         return [
             (stage2_modules(self.network), lambda step: first(step) + second(step)),

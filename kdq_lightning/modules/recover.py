@@ -106,9 +106,9 @@ class Recover(Distillation):
         self.network.eval()
         return self
 
-    def cycles(self, total: int) -> list[tuple[list[nn.Module], Cycle]]:
+    def cycles(self, total: int, warmup: float) -> list[tuple[list[nn.Module], Cycle]]:
         """Give the gains the learning rate of the rest."""
-        return [([self.network, self.gains], one_cycle(total, self.warmup))]
+        return [([self.network, self.gains], one_cycle(total, warmup))]
 
     def quantized_weights(self) -> dict[str, Tensor]:
         """Return the weights by their names in the network, each gain · scale · level."""
