@@ -1,3 +1,5 @@
 """kdq-lightning: distil a network and quantize it, or quantize it as it is? Import from the submodules."""
 
-__version__ = "0.1.0"
+from importlib.metadata import version
+
+__version__ = version("kdq-lightning")

@@ -18,7 +18,7 @@ import torch.utils.tensorboard
 from kdq_lightning import files, interruption
 from kdq_lightning.cli import main
 from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.post_training import PostTrainingQuantization
+from kdq_lightning.training.post_training import PostTrainingQuantization
 
 
 def die() -> None:

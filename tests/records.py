@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdq_lightning.results import Record, write_correct, write_records
+from kdq_lightning.runs.records import Record, write_correct, write_records
 
 BYTES_A_BIT = {"resnet50": 3000, "resnet18": 1400}
 IMAGES = 2000

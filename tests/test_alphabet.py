@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.quantization.alphabet import CODEBOOKS, Alphabet, QuantizedWeight, grid
+from kdq_lightning.quantization.codebooks import CODEBOOKS, Alphabet, QuantizedWeight, grid
 
 LEVELS = {"paper": 5, "int": 4, "signed": 4, "midrise": 4, "narrow": 3, "soft": 5, "hard": 7}
 

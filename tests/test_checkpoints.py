@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kdq_lightning.checkpoints import load_state, load_trained
 from kdq_lightning.cli import main
 from kdq_lightning.data.datamodules import CIFARDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import Quantized, quantize
+from kdq_lightning.runs.checkpoints import load_state, load_trained
 from tests.conftest import FEW_STEPS, config
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)

@@ -15,12 +15,12 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from torch import nn
 
-from kdq_lightning.callbacks import NameDeadRank
 from kdq_lightning.cli import main
 from kdq_lightning.data.datamodules import DigitsDataModule
 from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.results import read_correct, read_records
-from kdq_lightning.trainer import Trainer
+from kdq_lightning.runs.records import read_correct, read_records
+from kdq_lightning.training.callbacks import NameDeadRank
+from kdq_lightning.training.trainer import Trainer
 from tests.conftest import FEW_STEPS, config
 
 TWO = ["--trainer.strategy=ddp_fork", "--trainer.devices=2"]

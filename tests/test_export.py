@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdq_lightning import export
-from kdq_lightning.checkpoints import load_trained, packed_metadata
 from kdq_lightning.cli import main
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import Quantized, quantize
+from kdq_lightning.runs.checkpoints import load_trained, packed_metadata
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
 IMAGES = torch.randn(4, 3, 20, 20, generator=torch.Generator().manual_seed(1))

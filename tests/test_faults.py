@@ -18,7 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdq_lightning.cli import main
-from kdq_lightning.results import read_records
+from kdq_lightning.runs.records import read_records
 from tests.conftest import config
 
 KILLS = {"at a random moment": 40, "inside a checkpoint write": 6, "inside quantization": 6}

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdq_lightning.checkpoints import load_trained
 from kdq_lightning.data.augmentation import shrink
 from kdq_lightning.data.datamodules import DigitsDataModule
 from kdq_lightning.errors import UserError
@@ -25,7 +24,8 @@ from kdq_lightning.modules.schedule import one_cycle
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.networks import build_network, stage2_features
-from kdq_lightning.trainer import Trainer
+from kdq_lightning.runs.checkpoints import load_trained
+from kdq_lightning.training.trainer import Trainer
 
 SMALL = {"network": "resnet8", "num_classes": 10}
 IMAGES, LABELS = torch.randn(6, 3, 16, 16), torch.tensor([0, 1, 2, 3, 4, 5])

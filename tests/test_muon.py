@@ -15,7 +15,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.modules.muon import Muon, kernels, orthogonalize
 from kdq_lightning.networks import build_network
-from kdq_lightning.trainer import Trainer
+from kdq_lightning.training.trainer import Trainer
 from tests.conftest import FEW_STEPS, config
 
 MUON = ["--model.init_args.network=resnet8", "--model.init_args.optimizer=muon", "--data.flip=alternate"]

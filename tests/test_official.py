@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq_lightning.bench.published import quantize_published
+from kdq_lightning.bench.published_recursion import quantize_published
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import quantize
 from kdq_lightning.quantization.draws import draw_positions

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
-from kdq_lightning.quantization.alphabet import CODEBOOKS, QuantizedWeight, grid
 from kdq_lightning.quantization.bitstream import pack_codes, packed_size, unpack_codes, word_layout
+from kdq_lightning.quantization.codebooks import CODEBOOKS, QuantizedWeight, grid
 from kdq_lightning.quantization.packing import is_packed, load_packed, packed_bytes, read_metadata, save_packed, unpack
 
 

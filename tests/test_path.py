@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import load_packed, quantize
-from kdq_lightning.quantization.path import gather_calibration
+from kdq_lightning.quantization.quantize import gather_calibration
 
 PLAIN = {"solver": "gpfq", "codebook": "paper", "scale": "layer", "refine": 0, "match_moments": False}
 

@@ -21,22 +21,22 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import kdq_lightning.quantization.packing
-import kdq_lightning.results
+import kdq_lightning.runs.records
 from kdq_lightning import post_training
-from kdq_lightning.callbacks import checkpoint_callbacks
-from kdq_lightning.checkpoints import load_trained
 from kdq_lightning.cli import main
-from kdq_lightning.config_hash import config_hash
-from kdq_lightning.dashboard import Dashboard
 from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.networks import build_network
-from kdq_lightning.post_training import PostTrainingQuantization
 from kdq_lightning.quantization import load_packed
 from kdq_lightning.quantization.packing import read_metadata
-from kdq_lightning.results import Record, read_correct, read_layers, read_records
-from kdq_lightning.trainer import Trainer
+from kdq_lightning.runs.checkpoints import load_trained
+from kdq_lightning.runs.config_hash import config_hash
+from kdq_lightning.runs.records import Record, read_correct, read_layers, read_records
+from kdq_lightning.training.callbacks import checkpoint_callbacks
+from kdq_lightning.training.dashboard import Dashboard
+from kdq_lightning.training.post_training import PostTrainingQuantization
+from kdq_lightning.training.trainer import Trainer
 from tests.conftest import FEW_STEPS, config
 
 BITS = (2, 3, 8)
@@ -204,7 +204,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, write: int) -> None:
         done += 1
         real(path, content)
 
-    monkeypatch.setattr(kdq_lightning.results, "write_atomically", counted)
+    monkeypatch.setattr(kdq_lightning.runs.records, "write_atomically", counted)
     monkeypatch.setattr(kdq_lightning.quantization.packing, "write_atomically", counted)
 
 
@@ -294,7 +294,7 @@ def test_terminated(run: Path, monkeypatch: pytest.MonkeyPatch):
         if path.name == "quantized.csv":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(kdq_lightning.results, "write_atomically", terminate)
+    monkeypatch.setattr(kdq_lightning.runs.records, "write_atomically", terminate)
     with pytest.raises(SystemExit) as stop:
         main(["fit", *QUICK, "--ckpt_path=last"])
     assert stop.value.code == 143

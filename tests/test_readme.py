@@ -9,7 +9,7 @@ import yaml
 
 from kdq_lightning.cli import main
 from kdq_lightning.report.published import TOP1
-from kdq_lightning.results import FLOAT_BITS, find_records
+from kdq_lightning.runs.records import FLOAT_BITS, find_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"

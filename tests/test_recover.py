@@ -13,7 +13,7 @@ from kdq_lightning.modules.recover import Recover, find_packed
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import load_packed
 from kdq_lightning.quantization.packing import read_weights
-from kdq_lightning.results import read_correct, read_records
+from kdq_lightning.runs.records import read_correct, read_records
 from tests.conftest import config
 
 DIGITS = ["--data=DigitsDataModule", "--data.init_args.batch_size=64", "--model.init_args.network=resnet8"]

@@ -11,18 +11,18 @@ import pytest
 from PIL import Image
 
 from kdq_lightning.cli import main
+from kdq_lightning.commands.report import write_report
 from kdq_lightning.errors import UserError
-from kdq_lightning.figures import Curve, plot_by_bits, plot_by_bytes
 from kdq_lightning.report.answer import choose_measurement, duels_by_budget, duels_by_file, files_of
 from kdq_lightning.report.claims import drops, format_difference, format_p
-from kdq_lightning.report.command import write_report
+from kdq_lightning.report.figures import Curve, plot_by_bits, plot_by_bytes
 from kdq_lightning.report.gains import gains_over_control, sentence_of_gains, table_of_gains
 from kdq_lightning.report.published import BITS, TOP1, published_drop, published_top1
 from kdq_lightning.report.rows import read_rows
 from kdq_lightning.report.sentences import Wishes, answer, shipped, verdict
 from kdq_lightning.report.significance import Difference, holm, paired_bootstrap
 from kdq_lightning.report.tables import table_by_bits, to_csv, to_latex, to_markdown
-from kdq_lightning.results import CORRECT, read_correct, read_records, write_records
+from kdq_lightning.runs.records import CORRECT, read_correct, read_records, write_records
 from tests.records import ACCURACIES, WIDTHS, draw_correct, write_run, write_study
 
 STRATEGIES = list(ACCURACIES)

@@ -13,9 +13,9 @@ import yaml
 
 import kdq_lightning
 from kdq_lightning.cli import main
-from kdq_lightning.config_hash import config_hash
 from kdq_lightning.errors import UserError
-from kdq_lightning.results import (
+from kdq_lightning.runs.config_hash import config_hash
+from kdq_lightning.runs.records import (
     HEADER,
     Record,
     find_records,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdq_lightning.quantization.alphabet import CODEBOOKS, Alphabet
+from kdq_lightning.quantization.codebooks import CODEBOOKS, Alphabet
 from kdq_lightning.quantization.gram import Gram
 from kdq_lightning.quantization.recipes import SOLVERS, Recipe
 from kdq_lightning.quantization.solvers import coordinate_descent, greedy, match_moments, recursion, solve

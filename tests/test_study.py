@@ -14,13 +14,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from kdq_lightning.cli import main, read_settings
+from kdq_lightning.cli import main
+from kdq_lightning.commands.command_line import read_settings
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.data.datamodules import DigitsDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.networks import build_network
-from kdq_lightning.results import find_records
+from kdq_lightning.runs.records import find_records
 from kdq_lightning.study import budget, execution
 from kdq_lightning.study.command import still_to_run
 from kdq_lightning.study.plan import Run, read_plan

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.trainer import AtomicCheckpointIO, choose_precision
+from kdq_lightning.training.trainer import AtomicCheckpointIO, choose_precision
 
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch):

@@ -12,9 +12,9 @@ from kdq_lightning.bench.measure import hardware, print_table
 from kdq_lightning.bench.peers import PEERS
 from kdq_lightning.bench.quantization_accuracy import METHODS, Accuracy, Cost, measure_accuracy
 from kdq_lightning.bench.quantization_speed import Speed, measure_speed
-from kdq_lightning.checkpoints import add_network_arguments, load_network
 from kdq_lightning.data.datamodules import CIFARDataModule
 from kdq_lightning.errors import UserError
+from kdq_lightning.runs.checkpoints import add_network_arguments, load_network
 
 NAMES = (*METHODS, *PEERS)
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kdq_lightning.bench.peers import PEERS, quantize_brevitas
-from kdq_lightning.checkpoints import state_dict_bytes
 from kdq_lightning.quantization import Quantized, quantize
 from kdq_lightning.quantization.packing import save_packed
+from kdq_lightning.runs.checkpoints import state_dict_bytes
 
 BATCH = 256
 

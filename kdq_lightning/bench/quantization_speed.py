@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq_lightning.bench.measure import Timing, interleaved
-from kdq_lightning.bench.published import quantize_published
+from kdq_lightning.bench.published_recursion import quantize_published
 from kdq_lightning.quantization import LayerReport, quantize
 
 PLAIN: dict[str, Any] = {

@@ -25,7 +25,7 @@ from kdq_lightning.modules.mixup import MixupKD
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.networks import build_network
-from kdq_lightning.trainer import Trainer, choose_precision
+from kdq_lightning.training.trainer import Trainer, choose_precision
 
 STRATEGIES: dict[str, type[Classifier]] = {
     "control": Classifier,

@@ -10,7 +10,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from kdq_lightning.checkpoints import TrainedNetwork, grow_biases, load_state, load_trained, network_state
 from kdq_lightning.data.augmentation import shrink
 from kdq_lightning.data.images import Batch
 from kdq_lightning.data.normalization import Statistics, renormalize
@@ -23,7 +22,8 @@ from kdq_lightning.modules.schedule import Cycle, one_cycle
 from kdq_lightning.modules.scores import Scores
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.networks import build_network
-from kdq_lightning.quantization.alphabet import QuantizedWeight
+from kdq_lightning.quantization.codebooks import QuantizedWeight
+from kdq_lightning.runs.checkpoints import TrainedNetwork, grow_biases, load_state, load_trained, network_state
 
 Strategy = Literal["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml", "recover"]
 

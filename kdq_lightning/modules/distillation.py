@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from kdq_lightning.checkpoints import load_trained
 from kdq_lightning.data.images import Batch
 from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.modules.logit_cache import LogitCache
 from kdq_lightning.modules.teacher import Teacher
+from kdq_lightning.runs.checkpoints import load_trained
 
 
 class Distillation(Classifier):

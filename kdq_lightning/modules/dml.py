@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdq_lightning.checkpoints import TrainedNetwork
 from kdq_lightning.errors import UserError
 from kdq_lightning.losses import mutual_loss
 from kdq_lightning.modules.classifier import Classifier, Losses, Strategy
 from kdq_lightning.modules.scores import Scores
 from kdq_lightning.networks import build_network
+from kdq_lightning.runs.checkpoints import TrainedNetwork
 
 
 class MutualLearning(Classifier):

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from kdq_lightning.checkpoints import FINISHED, versions
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.files import file_digest
 from kdq_lightning.losses import kd_loss
 from kdq_lightning.modules.classifier import Losses, Strategy
 from kdq_lightning.modules.distillation import Distillation
 from kdq_lightning.modules.schedule import Cycle, one_cycle
-from kdq_lightning.quantization.alphabet import QuantizedWeight
+from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.packing import load_packed, read_metadata, read_weights
+from kdq_lightning.runs.checkpoints import FINISHED, versions
 
 
 class Recover(Distillation):

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
-from kdq_lightning.quantization.alphabet import QuantizedWeight, grid
 from kdq_lightning.quantization.bitstream import pack_codes, packed_size, unpack_codes
+from kdq_lightning.quantization.codebooks import QuantizedWeight, grid
 
 _KEY = "kdq_packed"
 _VERSION = 1

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.quantization.alphabet import Alphabet, grid
+from kdq_lightning.quantization.codebooks import Alphabet, grid
 
 SOLVERS = ("gpfq", "gptq", "lsq", "qronos", "rounding")
 SCALES = ("layer", "channel")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kdq_lightning.quantization.alphabet import THRESHOLD, Alphabet
+from kdq_lightning.quantization.codebooks import THRESHOLD, Alphabet
 from kdq_lightning.quantization.gram import Gram, Layer
 from kdq_lightning.quantization.recipes import Recipe
 

@@ -10,7 +10,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.report.budgets import budget_ranges, choose_file, pareto_front
 from kdq_lightning.report.rows import Cell, Measurement, Row, whole_rows
 from kdq_lightning.report.significance import LEVEL, Difference, McNemar, holm, mcnemar, paired_bootstrap
-from kdq_lightning.results import FLOAT_BITS
+from kdq_lightning.runs.records import FLOAT_BITS
 
 
 @dataclass(frozen=True)

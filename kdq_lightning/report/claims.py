@@ -10,7 +10,7 @@ from kdq_lightning.report.answer import is_teachers
 from kdq_lightning.report.published import SHARPER_DROP, published_drop
 from kdq_lightning.report.rows import Row, whole_rows
 from kdq_lightning.report.significance import LEVEL, Difference, holm, paired_bootstrap
-from kdq_lightning.results import FLOAT_BITS
+from kdq_lightning.runs.records import FLOAT_BITS
 
 VERDICTS = {
     1: "drops more sharply than the teacher at",

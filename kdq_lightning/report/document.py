@@ -3,10 +3,10 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from kdq_lightning.figures import render
 from kdq_lightning.report.answer import Duel, File, duels_by_budget, duels_by_file, files_of
 from kdq_lightning.report.claims import RESAMPLES as DROP_RESAMPLES
 from kdq_lightning.report.claims import Drop, drops, format_difference, format_p, nearly_float, sharper_drop
+from kdq_lightning.report.figures import render
 from kdq_lightning.report.gains import gains_over_control, sentence_of_gains, table_of_gains
 from kdq_lightning.report.pictures import figures_of
 from kdq_lightning.report.published import NETWORKS, WINNER

@@ -8,7 +8,7 @@ from kdq_lightning.report.claims import format_difference, most_alike
 from kdq_lightning.report.rows import Row, whole_rows
 from kdq_lightning.report.significance import LEVEL, Difference, holm, paired_bootstrap
 from kdq_lightning.report.tables import MISSING, Entry, Table, bit_widths, heading
-from kdq_lightning.results import FLOAT_BITS
+from kdq_lightning.runs.records import FLOAT_BITS
 
 Gains = dict[str, dict[int, Difference]]
 """Of each row, by its label, accuracy minus the control's at the same bit width, in points."""

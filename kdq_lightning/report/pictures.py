@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from kdq_lightning.figures import Curve, plot_by_bits, plot_by_bytes
 from kdq_lightning.report.budgets import pareto_front
+from kdq_lightning.report.figures import Curve, plot_by_bits, plot_by_bytes
 from kdq_lightning.report.rows import Row
 
 

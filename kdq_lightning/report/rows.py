@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.report.significance import mean_and_deviation
-from kdq_lightning.results import CORRECT, RECORDS, Record, find_records, read_correct
+from kdq_lightning.runs.records import CORRECT, RECORDS, Record, find_records, read_correct
 
 TITLES = {
     "teacher": "Teacher",

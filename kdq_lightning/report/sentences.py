@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from kdq_lightning.figures import format_bytes
 from kdq_lightning.report.answer import Duel, choose_measurement, merge_ranges
 from kdq_lightning.report.claims import format_difference, format_p
+from kdq_lightning.report.figures import format_bytes
 from kdq_lightning.report.rows import Row
 from kdq_lightning.report.tables import MISSING, format_cell
 

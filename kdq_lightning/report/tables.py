@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from kdq_lightning.report.published import BITS, published_top1
 from kdq_lightning.report.rows import Cell, Row
-from kdq_lightning.results import FLOAT_BITS
+from kdq_lightning.runs.records import FLOAT_BITS
 
 MISSING = "missing"
 

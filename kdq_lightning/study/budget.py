@@ -23,11 +23,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from kdq_lightning.arguments import load_class
 from kdq_lightning.bench.measure import hardware
 from kdq_lightning.bench.step import trainer_seconds
-from kdq_lightning.checkpoints import load_trained
-from kdq_lightning.cli import read_settings
+from kdq_lightning.commands.arguments import load_class
+from kdq_lightning.commands.command_line import read_settings
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.files import write_atomically
@@ -39,6 +38,7 @@ from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import quantize
+from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.study.plan import Run
 
 STEPS = 3  # of one measurement, after two that warm up

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from kdq_lightning.commands.report import write_report
 from kdq_lightning.errors import UserError
-from kdq_lightning.report.command import write_report
 from kdq_lightning.study.budget import make_plan
 from kdq_lightning.study.execution import execute
 from kdq_lightning.study.plan import PLAN, Run, read_plan

@@ -4,15 +4,15 @@ import os
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import TextIO
 
 import torch
 
-from kdq_lightning.cli import main, read_settings
-from kdq_lightning.config_hash import version_hash
+from kdq_lightning.commands.command_line import read_settings, run_command
+from kdq_lightning.commands.messages import exit_code_of
+from kdq_lightning.runs.config_hash import version_hash
 from kdq_lightning.study.plan import Run
 from kdq_lightning.study.progress import Progress
 from kdq_lightning.study.provenance import is_outdated
@@ -67,12 +67,10 @@ def _call(run: Run, log: TextIO) -> bool:
     """
     with redirect_stdout(log), redirect_stderr(log):
         try:
-            return main(arguments_of(run)) == 0
+            return exit_code_of(lambda: run_command(arguments_of(run))) == 0
         except SystemExit as stop:
             if stop.code != 2:  # 2: an option is wrong; else Lightning was told to stop
                 raise
-        except Exception:
-            traceback.print_exc()
     return False
 
 
@@ -112,7 +110,7 @@ def _launch(run: Run, device: int, threads: int) -> subprocess.Popen[bytes]:
         names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         environment["CUDA_VISIBLE_DEVICES"] = names[device % len(names)]
     with _open_log(run) as log:
-        command = [sys.executable, "-m", "kdq_lightning.cli", *arguments_of(run)]
+        command = [sys.executable, "-m", "kdq_lightning.commands", *arguments_of(run)]
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 

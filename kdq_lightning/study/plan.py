@@ -27,8 +27,8 @@ from typing import Any
 
 import yaml
 
-from kdq_lightning.checkpoints import FINISHED, versions
 from kdq_lightning.errors import UserError
+from kdq_lightning.runs.checkpoints import FINISHED, versions
 
 PLAN = "plan.yaml"  # what `--budget_minutes` has planned, beside the study's runs
 TEACHER = "model.init_args.teacher"

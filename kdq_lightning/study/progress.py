@@ -5,8 +5,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdq_lightning.cli import read_settings
-from kdq_lightning.results import FLOAT_BITS, Record, find_records
+from kdq_lightning.commands.command_line import read_settings
+from kdq_lightning.runs.records import FLOAT_BITS, Record, find_records
 from kdq_lightning.study.plan import Run
 from kdq_lightning.study.provenance import is_outdated
 

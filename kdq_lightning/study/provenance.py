@@ -3,11 +3,11 @@
 from contextlib import suppress
 from pathlib import Path
 
-from kdq_lightning.checkpoints import find_checkpoint, load_trained, read_checkpoint
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import file_digest
 from kdq_lightning.modules.recover import find_packed
 from kdq_lightning.modules.teacher import Teacher
+from kdq_lightning.runs.checkpoints import find_checkpoint, load_trained, read_checkpoint
 from kdq_lightning.study.plan import Run
 
 

@@ -11,9 +11,9 @@ from lightning.pytorch import Trainer as LightningTrainer
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
-from kdq_lightning.interruption import Interruption
 from kdq_lightning.modules.muon import multiplies_bfloat16
-from kdq_lightning.post_training import PostTrainingQuantization
+from kdq_lightning.training.interruption import Interruption
+from kdq_lightning.training.post_training import PostTrainingQuantization
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

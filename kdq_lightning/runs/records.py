@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
-from kdq_lightning.quantization.walk import LayerReport
+from kdq_lightning.quantization.layerwise import LayerReport
 
 RECORDS = "quantized.csv"
 CORRECT = "correct.safetensors"

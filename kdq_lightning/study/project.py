@@ -1,14 +1,23 @@
-"""Minutes that `kdq fit` of a config takes on this machine, from a few measured steps."""
+"""`kdq bench project`: minutes that `kdq fit` of a config takes on this machine, from a few measured steps."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from kdq_lightning.bench.measure import hardware, print_table
+from kdq_lightning.bench.subjects import run_subject, subject_parser
 from kdq_lightning.errors import UserError
 from kdq_lightning.study.budget import Meter
 from kdq_lightning.study.plan import Run
+
+
+def main(args: list[str]) -> int:
+    """Project a config; `--json` keeps the figures."""
+    module = sys.modules[__name__]
+    run_subject(module, subject_parser(module, prog="kdq bench project").parse_args(args))
+    return 0
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -12,7 +12,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 import kdq_lightning
-from kdq_lightning.checkpoints import (
+from kdq_lightning.data.base import ImageDataModule
+from kdq_lightning.data.normalization import Statistics
+from kdq_lightning.errors import UserError
+from kdq_lightning.evaluation import Evaluation, Split, evaluate, percent
+from kdq_lightning.modules.classifier import Classifier
+from kdq_lightning.quantization import Quantized
+from kdq_lightning.quantization.codebooks import QuantizedWeight
+from kdq_lightning.quantization.forwards import part_images
+from kdq_lightning.quantization.packing import save_packed
+from kdq_lightning.runs.checkpoints import (
     TrainedNetwork,
     find_checkpoint,
     load_state,
@@ -21,17 +30,8 @@ from kdq_lightning.checkpoints import (
     read_checkpoint,
     state_dict_bytes,
 )
-from kdq_lightning.data.base import ImageDataModule
-from kdq_lightning.data.normalization import Statistics
-from kdq_lightning.errors import UserError
-from kdq_lightning.evaluation import Evaluation, Split, evaluate, percent
-from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.quantization import Quantized
-from kdq_lightning.quantization.alphabet import QuantizedWeight
-from kdq_lightning.quantization.forwards import part_images
-from kdq_lightning.quantization.packing import save_packed
-from kdq_lightning.result_folder import ResultFolder
-from kdq_lightning.results import FLOAT_BITS, LayerRecord, Record
+from kdq_lightning.runs.records import FLOAT_BITS, LayerRecord, Record
+from kdq_lightning.runs.result_folder import ResultFolder
 
 Found = dict[str, Evaluation]
 """What a network makes of each split, "val" and "test"."""

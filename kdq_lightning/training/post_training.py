@@ -10,18 +10,18 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from torch import Tensor, nn
 
-from kdq_lightning.checkpoints import FINISHED
-from kdq_lightning.dashboard import has_quantized, terminal_table, write_quantized
 from kdq_lightning.data.normalization import normalize
 from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import evaluate, full_float32
 from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.progress import QuantizationBars
 from kdq_lightning.quantization import quantize
 from kdq_lightning.quantization.recipes import make_recipe
-from kdq_lightning.quantized_run import Found, QuantizedRun
-from kdq_lightning.result_folder import ResultFolder
-from kdq_lightning.results import FLOAT_BITS
+from kdq_lightning.runs.checkpoints import FINISHED
+from kdq_lightning.runs.records import FLOAT_BITS
+from kdq_lightning.runs.result_folder import ResultFolder
+from kdq_lightning.training.dashboard import has_quantized, terminal_table, write_quantized
+from kdq_lightning.training.progress_bars import QuantizationBars
+from kdq_lightning.training.quantized_run import Found, QuantizedRun
 
 
 class PostTrainingQuantization(Callback):

@@ -17,11 +17,11 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor, nn
 
 from kdq_lightning.bench.measure import Timing, hardware, interleaved, print_table
-from kdq_lightning.checkpoints import state_dict_bytes
+from kdq_lightning.commands.export import onnx_bytes, onnx_session, silence
 from kdq_lightning.errors import UserError, check_range
-from kdq_lightning.export import onnx_bytes, onnx_session, silence
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import load_packed, quantize
+from kdq_lightning.runs.checkpoints import state_dict_bytes
 
 HONEST = (
     "A packed file saves storage, not arithmetic: its weights are dequantized and multiplied in float32."

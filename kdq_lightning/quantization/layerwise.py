@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.quantization.alphabet import QuantizedWeight
+from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.draws import draw_positions, draw_uniform
 from kdq_lightning.quantization.forwards import Forwards, part_images
 from kdq_lightning.quantization.gram import Gram, Layer, Patches, collect, columns, layers_of

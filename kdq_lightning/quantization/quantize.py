@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.quantization.alphabet import QuantizedWeight
+from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.gram import layers_of
+from kdq_lightning.quantization.layerwise import Calibration, LayerReport, Walk
 from kdq_lightning.quantization.packing import save_packed
 from kdq_lightning.quantization.probe import Profile, probe
 from kdq_lightning.quantization.recipes import Recipe, make_recipe
-from kdq_lightning.quantization.walk import Calibration, LayerReport, Walk
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kdq_lightning.arguments import OneLineErrors
-from kdq_lightning.checkpoints import (
+from kdq_lightning.commands.arguments import OneLineErrors
+from kdq_lightning.errors import UserError
+from kdq_lightning.files import write_atomically
+from kdq_lightning.networks import build_network
+from kdq_lightning.runs.checkpoints import (
     TrainedNetwork,
     add_network_arguments,
     load_network,
     packed_metadata,
     state_dict_bytes,
 )
-from kdq_lightning.errors import UserError
-from kdq_lightning.files import write_atomically
-from kdq_lightning.networks import build_network
 
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order stay far below
 

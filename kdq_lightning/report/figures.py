@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from kdq_lightning.results import FLOAT_BITS, Record
+from kdq_lightning.runs.records import FLOAT_BITS, Record
 
 # Colours of Okabe & Ito, which colour-blind readers tell apart; a strategy has the same in every figure.
 COLOURS = {

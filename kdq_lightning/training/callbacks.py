@@ -14,9 +14,9 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import SaveConfigCallback
 
-from kdq_lightning.checkpoints import FINISHED
 from kdq_lightning.files import remove_leftovers, write_atomically
-from kdq_lightning.results import RECORDS
+from kdq_lightning.runs.checkpoints import FINISHED
+from kdq_lightning.runs.records import RECORDS
 
 KEPT = ("checkpoints", RECORDS)  # a folder that holds one of them stays when its run fails
 DEATH_SECONDS = 2  # from a lost connection to the exit code of who was at its other end

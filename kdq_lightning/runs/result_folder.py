@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kdq_lightning.results import (
+from kdq_lightning.runs.records import (
     FLOAT_BITS,
     LayerRecord,
     Record,

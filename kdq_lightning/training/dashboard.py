@@ -12,9 +12,9 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from kdq_lightning.checkpoints import versions
-from kdq_lightning.figures import accuracy_figure
-from kdq_lightning.results import FLOAT_BITS, LayerRecord, Record
+from kdq_lightning.report.figures import accuracy_figure
+from kdq_lightning.runs.checkpoints import versions
+from kdq_lightning.runs.records import FLOAT_BITS, LayerRecord, Record
 
 SUFFIX = ".quantized"  # of the event file that quantization writes, whole
 COLUMNS = ("bits", "levels", "kB", "val top-1", "test top-1", "agreement", "flips", "relative error", "recipe")

@@ -1,7 +1,10 @@
 """What a command says: one sentence for what the user can mend, and nothing of what Lightning says of itself."""
 
 import logging
+import sys
+import traceback
 import warnings
+from collections.abc import Callable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,6 +25,19 @@ def sentence_for(error: BaseException | None) -> str | None:
             return f"{error.strerror}: {error.filename or 'a file'}; mend it and give the same command again"
         error = error.__cause__ or error.__context__
     return None
+
+
+def exit_code_of(command: Callable[[], int]) -> int:
+    """Call a command and return its exit code; if it fails, print one sentence that says why, and return 1."""
+    try:
+        return command()
+    except Exception as error:
+        sentence = sentence_for(error)
+        if sentence is None:
+            traceback.print_exc()
+            sentence = f"an error that nobody foresaw ({type(error).__name__}): please report it with the lines above"
+        print(f"kdq: {sentence}", file=sys.stderr)
+        return 1
 
 
 def quieten() -> None:

@@ -1,0 +1,1 @@
+"""Run folders on disk: versions, checkpoints, records and the hash of their settings."""
