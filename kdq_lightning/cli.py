@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from kdq_lightning.commands.messages import exit_code_of
 
@@ -13,7 +14,7 @@ WITHOUT_MODEL = {
     "report": "kdq_lightning.commands.report",
     "study": "kdq_lightning.study.command",
 }
-"""Modules of the commands with parsers of their own, the longer name first; all others belong to `commands.command_line`."""
+"""Modules of the commands with parsers of their own, the longer name first; the rest is `commands.command_line`."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -33,10 +34,9 @@ def main(args: Sequence[str] | None = None) -> int:
     for name, module in WITHOUT_MODEL.items():
         words = name.split()
         if arguments[: len(words)] == words:
-            command = importlib.import_module(module)
-            return exit_code_of(lambda: int(command.main(arguments[len(words) :])))
+            return exit_code_of(partial(importlib.import_module(module).main, arguments[len(words) :]))
     command_line = importlib.import_module("kdq_lightning.commands.command_line")
-    return exit_code_of(lambda: int(command_line.run_command(None if args is None else arguments)))
+    return exit_code_of(partial(command_line.run_command, None if args is None else arguments))
 
 
 if __name__ == "__main__":

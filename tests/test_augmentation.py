@@ -3,45 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import v2
 
-from kdq_lightning.data.augmentation import augment, hash_uniform, shrink
+from kdq_lightning.data.augmentation import augment, shrink
 from kdq_lightning.data.normalization import normalize, renormalize
-from kdq_lightning.data.trivial_augment import OPERATIONS, trivial_augment_wide
+from tests.test_random_draws import splitmix
 
 IMAGES = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 INDEX = torch.arange(64) * 7 + 3
-EVERYTHING = {"crop": 4, "flip": True, "cutout": 8, "trivial_augment": True}
-
-
-def splitmix(*keys):
-    """The hash in Python's integers."""
-    mask, state = 2**64 - 1, 0
-    for key in keys:
-        state = (state + key + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return (state >> 11) / 2**53
-
-
-def test_hash_is_splitmix64():
-    # The first output of the generator seeded with 1234567, as published with its reference implementation.
-    assert splitmix(1234567) == (6457827717110365317 >> 11) / 2**53
-    keys = [(0,), (3, 0, 50_000, 7), (2**40, -1), (0, 0), (1, 2), (2, 1)]
-    assert [hash_uniform(*key).item() for key in keys] == [splitmix(*key) for key in keys]
-    table = hash_uniform(5, torch.arange(3)[:, None], torch.arange(4))
-    assert table.dtype == torch.float64
-    assert table.tolist() == [[splitmix(5, i, j) for j in range(4)] for i in range(3)]
-
-
-def test_hash_is_uniform_and_uncorrelated():
-    draws = hash_uniform(torch.arange(4)[:, None, None], torch.arange(100)[:, None], torch.arange(1000))
-    counts = torch.histc(draws, 100, 0, 1)
-    assert ((counts - 4000) ** 2 / 4000).sum() < 160  # chi-squared, 99 degrees of freedom: p = 1e-4
-    shifted = draws - 0.5
-    for other in (shifted.roll(1, 0), shifted.roll(1, 1), shifted.roll(1, 2)):
-        assert abs((shifted * other).mean() * 12) < 4.5 / 400_000**0.5
+EVERYTHING = {"crop": 4, "flip": True, "cutout": 8}
 
 
 @pytest.mark.parametrize("options", [{"crop": 4}, {"flip": True}, {"cutout": 8}, EVERYTHING], ids=str)
@@ -71,7 +40,7 @@ def test_crop_flip_and_cutout_equal_a_loop(size):
     views = augment(images, INDEX, seed=3, epoch=1, crop=4, flip=True, cutout=5, fill=fill)
     shifts = set()
     for image, index, view in zip(images.numpy(), INDEX.tolist(), views.numpy(), strict=True):
-        top, left, mirror, centre_y, centre_x = (splitmix(3, 1, index, stream) for stream in range(5))
+        top, left, mirror, centre_y, centre_x = ((splitmix(3, 1, index, stream) >> 11) / 2**53 for stream in range(5))
         top, left = int(top * 9), int(left * 9)
         shifts.add((top, left))
         expected = np.pad(image, ((0, 0), (4, 4), (4, 4)))[:, top : top + height, left : left + width].copy()
@@ -90,50 +59,6 @@ def test_nothing_asked_for_is_nothing_done():
     before = IMAGES.clone()
     augment(IMAGES, INDEX, seed=0, epoch=0, **EVERYTHING)
     assert torch.equal(IMAGES, before)
-
-
-def uniform_for(choice, choices):
-    return torch.full((64,), (choice + 0.5) / choices, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("positive", [True, False])
-@pytest.mark.parametrize("bin_", [0, 1, 7, 17, 30])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_trivial_augment_equals_torchvision(name, bin_, positive):
-    peer = v2.TrivialAugmentWide()
-    peer_name = "".join(part.capitalize() for part in name.split("_"))
-    peer_name = {"Autocontrast": "AutoContrast"}.get(peer_name, peer_name)
-    magnitudes, signed = peer._AUGMENTATION_SPACE[peer_name]
-    strengths = magnitudes(31, 32, 32)
-    strength = 0.0 if strengths is None else float(strengths[bin_])
-    if signed and not positive:
-        strength = -strength
-    smooth = torch.nn.functional.interpolate(IMAGES[:, :, :8, :8].float(), 32, mode="bicubic").clamp(0, 255).byte()
-    expected = peer._apply_image_or_video_transform(
-        smooth, peer_name, strength, interpolation=v2.InterpolationMode.NEAREST, fill=peer._fill
-    )
-    views = trivial_augment_wide(
-        smooth,
-        uniform_for(OPERATIONS.index(name), len(OPERATIONS)),
-        uniform_for(bin_, 31),
-        torch.full((64,), 0.2 if positive else 0.8),
-    )
-    difference = (views.int() - expected.int()).abs()
-    if name in ("rotate", "shear_x", "shear_y"):  # nearest neighbours: ties go either way
-        assert (difference > 0).float().mean() < 0.02
-    else:
-        assert difference.max() <= (1 if name in ("brightness", "color", "contrast", "sharpness") else 0)
-        assert (difference > 0).float().mean() < 0.01
-    if bin_ == 30 and name != "identity":
-        assert not torch.equal(views, smooth)
-
-
-def test_trivial_augment_draws_every_operation():
-    seen = set()
-    draws = hash_uniform(0, 0, torch.arange(2000)[:, None], torch.arange(8))
-    for operation in (draws[:, 5] * len(OPERATIONS)).long().tolist():
-        seen.add(OPERATIONS[operation])
-    assert seen == set(OPERATIONS)
 
 
 def test_shrink_keeps_the_mean_and_removes_the_finest_grain():

@@ -2,25 +2,7 @@
 
 import torch
 
-from kdq_lightning.quantization.draws import counter_hash, draw_positions, draw_uniform
-
-MASK = 2**64 - 1
-
-
-def splitmix(*counters: int) -> int:
-    """The same hash in Python's integers."""
-    state = 0
-    for counter in counters:
-        state = (state + counter + 0x9E3779B97F4A7C15) & MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
-        state ^= state >> 31
-    return state & (2**63 - 1)
-
-
-def test_hash_is_splitmix():
-    images = torch.arange(5)
-    assert counter_hash(3, 7, images).tolist() == [splitmix(3, 7, image) for image in range(5)]
+from kdq_lightning.quantization.draws import draw_positions, draw_uniform
 
 
 def test_draws_do_not_depend_on_the_shard():

@@ -21,7 +21,7 @@ def test_means_are_of_images_and_the_clock_of_training(monkeypatch: pytest.Monke
     now[0] += 3
     epoch.stop_clock()
     now[0] += 50
-    epoch.go_on()
+    epoch.resume_clock()
     epoch.add({"loss": torch.tensor(3.0)}, images=10, step=8)
     now[0] += 5
     assert epoch.means(STRATEGY) == {"loss": 1.5, "hint": 4.0, "images_per_second": 40 / 8}

@@ -133,7 +133,7 @@ def test_codes_that_are_gone_or_others(runs: Path, tmp_path: Path):
         make_module(runs, packed=str(other)).on_load_checkpoint(checkpoint)
     alone = Recover(packed="gone.safetensors", teacher="gone", network="resnet8", num_classes=10)
     with pytest.raises(UserError, match=r"gone\.safetensors is gone"):
-        alone.carried_weights()
+        alone.packed_weights()
 
 
 def test_wrong_files(runs: Path, tmp_path: Path):

@@ -19,7 +19,7 @@ from kdq_lightning.report.figures import Curve, plot_by_bits, plot_by_bytes
 from kdq_lightning.report.gains import gains_over_control, sentence_of_gains, table_of_gains
 from kdq_lightning.report.published import BITS, TOP1, published_drop, published_top1
 from kdq_lightning.report.rows import read_rows
-from kdq_lightning.report.sentences import Wishes, answer, shipped, verdict
+from kdq_lightning.report.sentences import ReportOptions, answer, shipped, verdict
 from kdq_lightning.report.significance import Difference, holm, paired_bootstrap
 from kdq_lightning.report.tables import table_by_bits, to_csv, to_latex, to_markdown
 from kdq_lightning.runs.records import CORRECT, read_correct, read_records, write_records
@@ -148,7 +148,7 @@ def test_duels_are_those_of_brute_force(study: Path):
     duels = duels_by_budget(students, teachers)
     for budget in range(3000, 100_000, 500):
         fitting = [[file for file in side if file.size <= budget] for side in (students, teachers)]
-        best = [max(side, key=lambda file: (file.selection, -file.size), default=None) for side in fitting]
+        best = [max(side, key=lambda file: (file.validation_top1, -file.size), default=None) for side in fitting]
         found = [duel for duel in duels if duel.low <= budget < duel.high]
         assert [(duel.student, duel.teacher) for duel in found] == ([tuple(best)] if any(best) else [])
     tested = [duel for duel in duels if duel.difference]
@@ -281,7 +281,7 @@ def test_file_to_ship(study: Path):
     chosen = choose_measurement(datasets["cifar10"], None, 90)[1].record
     assert chosen.packed_bytes == min(size for size, value in every if value >= 90)
     assert choose_measurement(datasets["cifar10"], 4000, 90) is None
-    said = shipped(datasets["cifar10"], Wishes(4000, 90))
+    said = shipped(datasets["cifar10"], ReportOptions(4000, 90))
     assert said == [" No file has at most 4 kB and at least 90 % on validation."]
 
 

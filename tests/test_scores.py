@@ -31,7 +31,7 @@ def test_scores_of_uneven_batches(names: list[str]):
         for part in (slice(0, 25), slice(25, 30), slice(30, 30), slice(30, images)):
             batch = {name: torch.from_numpy(values[part]) for name, values in logits.items()}
             scores.update(batch, torch.from_numpy(labels[part]))
-        found = scores.take()
+        found = scores.compute_and_reset()
         each = {name: reference(values.astype(float), labels) for name, values in logits.items()}
         expected = {key: np.mean([of[key] for of in each.values()]) for key in ("top1", "top5", "ece", "loss")}
         if len(names) > 1:

@@ -70,8 +70,8 @@ def test_least_squares_solvers_are_the_greedy_optimum(data, solver):
     if solver == "qronos":
         rest = x @ weight - x_quantized[:, 1:] @ weight[1:]
         first = x_quantized[:, 0] @ rest / A[0, 0] / scale
-    targets, coupling = recursion(gram, weight[None], Recipe(3, solver))
-    levels = greedy(targets / scale, coupling, alphabet)[0]
+    targets, feedback = recursion(gram, weight[None], Recipe(3, solver))
+    levels = greedy(targets / scale, feedback, alphabet)[0]
     assert torch.equal(levels, quadratic_greedy(H, v / scale, alphabet, first))
 
 
@@ -79,8 +79,8 @@ def test_least_squares_solvers_are_the_greedy_optimum(data, solver):
 def test_gpfq_is_the_recursion_on_the_data(data, official):
     x, x_quantized, weight = data
     alphabet, scale = Alphabet("paper", 3), 0.5
-    targets, coupling = recursion(gram_of(*data), weight[None], Recipe(3, "gpfq", official=official))
-    levels = greedy(targets / scale, coupling, alphabet)[0]
+    targets, feedback = recursion(gram_of(*data), weight[None], Recipe(3, "gpfq", official=official))
+    levels = greedy(targets / scale, feedback, alphabet)[0]
     u = torch.zeros(ROWS, NEURONS, dtype=torch.float64)
     for t in range(SIZE):
         u += x[:, t, None] * weight[t]

@@ -529,7 +529,7 @@ def test_a_plan_knows_every_run(workspace: Path, capsys: pytest.CaptureFixture[s
 def test_runs_at_once_wait_for_their_teachers():
     def planned(name: str, minutes: float, *needs: str) -> budget.PlannedRun:
         run = Run(name, 0, "fit", (), Path("runs"), needs)
-        return budget.PlannedRun(run, budget.Cost(60.0, 0.0), {}, wanted=int(minutes), sizes=1)
+        return budget.PlannedRun(run, budget.RunCost(60.0, 0.0), {}, wanted=int(minutes), sizes=1)
 
     plan = [planned("teacher", 10), planned("a", 4, "teacher"), planned("b", 3, "a"), planned("c", 1)]
     assert [budget.total_minutes(plan, 1.0, at_once) for at_once in (1, 2, 8)] == [18, 17, 17]

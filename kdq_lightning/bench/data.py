@@ -23,11 +23,11 @@ _REFERENCE = "PIL: crop, flip"
 class NoiseDataModule(ImageDataModule):
     """Random images of CIFAR's size: what they show makes no difference to the speed."""
 
-    def __init__(self, images: Tensor, batch_size: int, cutout: int = 0, trivial_augment: bool = False) -> None:
+    def __init__(self, images: Tensor, batch_size: int, cutout: int = 0) -> None:
         """Take the images, uint8, (images, 3, 32, 32)."""
         super().__init__(
             dataset="noise", num_classes=10, image_size=_SIDE, mean=_MEAN, std=_STD, batch_size=batch_size, val_size=0,
-            cutout=cutout, trivial_augment=trivial_augment,
+            cutout=cutout,
         )  # fmt: skip
         self._images = images
         self.setup()
@@ -85,15 +85,12 @@ def run(options: Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     images = torch.randint(0, 256, (options.images, 3, _SIDE, _SIDE), dtype=torch.uint8)
     few = images[: options.batch_size]  # enough for the slow pipelines
-    trivial = _PillowImages(few, transforms.TrivialAugmentWide())
     ours = partial(NoiseDataModule, images, options.batch_size)
     timings = interleaved(
         {
             _REFERENCE: partial(_PillowImages(few).epoch, options.batch_size),
-            "PIL: crop, flip, TrivialAugment": partial(trivial.epoch, options.batch_size),
             "ours: crop, flip": ours().epoch,
             "ours: crop, flip, cutout": ours(cutout=8).epoch,
-            "ours: crop, flip, TrivialAugment": ours(trivial_augment=True).epoch,
         },
         options.repeats,
     )

@@ -192,7 +192,11 @@ class CommandLine(LightningCLI):
         """Compare the checkpoint's plan with this command's."""
         self.model.trainer = self.trainer
         self.trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
-        now = {**self.model.plan(), "num_classes": self.model.num_classes, "networks": self.model.network_names()}
+        now = {
+            **self.model.resume_requirements(),
+            "num_classes": self.model.num_classes,
+            "networks": self.model.network_names(),
+        }
         then = {
             **self.checkpoint["plan"],
             "num_classes": self.checkpoint["data"]["num_classes"],

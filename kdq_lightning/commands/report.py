@@ -8,7 +8,7 @@ from kdq_lightning.errors import check_range
 from kdq_lightning.files import write_atomically
 from kdq_lightning.report.document import compose
 from kdq_lightning.report.rows import read_rows
-from kdq_lightning.report.sentences import Wishes
+from kdq_lightning.report.sentences import ReportOptions
 
 
 def main(args: list[str]) -> int:
@@ -24,26 +24,26 @@ def main(args: list[str]) -> int:
         "--published", action="store_true", help="Add the published value and the difference to each cell."
     )
     options = parser.parse_args(args)
-    wishes = Wishes(options.max_bytes, options.min_accuracy, options.published)
-    write_report(options.folders, options.out, wishes)
+    wanted = ReportOptions(options.max_bytes, options.min_accuracy, options.published)
+    write_report(options.folders, options.out, wanted)
     return 0
 
 
-def write_report(folders: list[Path], out: Path, wishes: Wishes | None = None) -> Path:
+def write_report(folders: list[Path], out: Path, options: ReportOptions | None = None) -> Path:
     """Write the report of every record below the folders into `out`, print the answer, and return its `report.md`.
 
     Equal records give equal files, to the byte.
 
     Raises:
-        UserError: If there is no record, one is damaged, a wish is out of range, or `out` can't be written.
+        UserError: If there is no record, one is damaged, an option is out of range, or `out` can't be written.
     """
-    wishes = wishes or Wishes()
-    if wishes.max_bytes is not None:
-        check_range("--max_bytes", wishes.max_bytes, low=0)
-    if wishes.min_accuracy is not None:
-        check_range("--min_accuracy", wishes.min_accuracy, low=0, high=100, including_low=True)
+    options = options or ReportOptions()
+    if options.max_bytes is not None:
+        check_range("--max_bytes", options.max_bytes, low=0)
+    if options.min_accuracy is not None:
+        check_range("--min_accuracy", options.min_accuracy, low=0, high=100, including_low=True)
     datasets, notes = read_rows(folders)
-    report = compose(datasets, notes, wishes)
+    report = compose(datasets, notes, options)
     for name, content in report.files.items():
         write_atomically(out / name, content)
     print(report.answer)

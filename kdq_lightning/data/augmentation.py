@@ -1,8 +1,4 @@
-"""Stateless batched augmentation: what an image looks like depends on (seed, epoch, image index) and nothing else.
-
-Random numbers come from a counter hash instead of a generator, so the order of the images, the size of the batch, a
-resumed run and the number of ranks all leave every view as it was.
-"""
+"""Stateless batched augmentation: what an image looks like depends on (seed, epoch, image index) and nothing else."""
 
 from typing import Literal
 
@@ -10,38 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdq_lightning.data.trivial_augment import trivial_augment_wide
+from kdq_lightning.random_draws import random_uniform
 
-_GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, as int64: the increment of splitmix64
-_FIRST_MIX = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-_SECOND_MIX = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 _ALTERNATE = 8  # the draw that decides in which epochs an image is mirrored
-
-
-def _xor_shift(bits: Tensor, shift: int) -> Tensor:
-    """Return bits ^ (bits >> shift) as on uint64; torch shifts the sign in, so it is masked away."""
-    return bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))
-
-
-def hash_uniform(*keys: int | Tensor) -> Tensor:
-    """Draw uniform numbers in [0, 1) from a hash of integer keys: the same keys always give the same number.
-
-    Chains the finaliser of splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators") over the
-    keys; different numbers of keys, and the same keys in another order, are unrelated draws.
-
-    Args:
-        keys: Integers, or int64 tensors of shapes that broadcast.
-
-    Returns:
-        float64 tensor of the keys' broadcast shape, 53 random bits each.
-    """
-    state = torch.zeros((), dtype=torch.int64)
-    for key in keys:
-        state = state + key + _GOLDEN
-        state = _xor_shift(state, 30) * _FIRST_MIX
-        state = _xor_shift(state, 27) * _SECOND_MIX
-        state = _xor_shift(state, 31)
-    return ((state >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
 def augment(
@@ -53,10 +20,9 @@ def augment(
     crop: int = 0,
     flip: bool | Literal["alternate"] = False,
     cutout: int = 0,
-    trivial_augment: bool = False,
     fill: tuple[int, int, int] = (0, 0, 0),
 ) -> Tensor:
-    """Return one random view of each image: crop, flip, TrivialAugmentWide, cutout, in this order.
+    """Return one random view of each image: crop, flip, cutout, in this order.
 
     Args:
         images: uint8, (batch, channels, height, width).
@@ -68,24 +34,20 @@ def augment(
             it in every second epoch, so that two epochs show both of its sides (Jordan 2024).
         cutout: Side in pixels of a square that is painted over, 0 for none; its centre is uniform over the image, so
             part of it may lie outside (DeVries and Taylor 2017).
-        trivial_augment: Apply one random operation of TrivialAugmentWide to each image (Müller and Hutter 2021).
         fill: Colour of the cutout square, one value in 0..255 a channel.
 
     Returns:
         uint8, of the images' shape and on their device.
     """
-    streams = torch.arange(8, device=index.device)
-    draws = hash_uniform(seed, epoch, index[:, None], streams)
-    shift_y, shift_x, mirror, centre_y, centre_x, operation, level, sign = draws.unbind(1)
+    streams = torch.arange(5, device=index.device)
+    shift_y, shift_x, mirror, centre_y, centre_x = random_uniform(seed, epoch, index[:, None], streams).unbind(1)
     if crop and len(images):
         images = _crop(images, shift_y, shift_x, crop)
     if flip == "alternate":
-        is_first = hash_uniform(seed, index, _ALTERNATE) < 0.5
+        is_first = random_uniform(seed, index, _ALTERNATE) < 0.5
         images = _mirror(images, is_first ^ bool(epoch % 2))
     elif flip:
         images = _mirror(images, mirror < 0.5)
-    if trivial_augment:
-        images = trivial_augment_wide(images, operation, level, sign)
     if cutout:
         images = _cut_out(images, centre_y, centre_x, cutout, fill)
     return images

@@ -54,7 +54,7 @@ class ImageDataModule(LightningDataModule, ABC):
             crop: Largest random shift in pixels, 0 for none.
             flip: Mirror every other image; `alternate` mirrors each in every second epoch.
             cutout: Side in pixels of the square painted over with the mean colour, 0 for none.
-            trivial_augment: Apply TrivialAugmentWide to each image.
+            trivial_augment: Retired; old configs hold `false`.
             image_sizes: Sides in pixels that the trained network gets training images at, spread evenly over the run's
                 epochs; a teacher sees the same views whole.
             seed: Seed of order and views; the run's seed if not given.
@@ -66,6 +66,8 @@ class ImageDataModule(LightningDataModule, ABC):
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        if trivial_augment:
+            raise UserError("trivial_augment is no longer there: leave it out, and use crop, flip and cutout")
         if crop < 0 or cutout < 0:
             raise UserError(f"crop and cutout are pixels, 0 or more, got {crop} and {cutout}")
         if image_sizes is not None and not all(1 <= size <= image_size for size in image_sizes or [0]):
@@ -81,7 +83,6 @@ class ImageDataModule(LightningDataModule, ABC):
         self.crop = crop
         self.flip = flip
         self.cutout = cutout
-        self.trivial_augment = trivial_augment
         self.image_sizes = image_sizes
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.split_seed = split_seed
@@ -210,7 +211,6 @@ class ImageDataModule(LightningDataModule, ABC):
             crop=self.crop,
             flip=self.flip,
             cutout=self.cutout,
-            trivial_augment=self.trivial_augment,
             fill=(red, green, blue),
         )
         return batch._replace(images=self.normalize(images))
@@ -221,10 +221,8 @@ class ImageDataModule(LightningDataModule, ABC):
         digest.update(self.train_index.numpy().data)
         return {
             "images": digest.hexdigest(),
-            **{
-                name: getattr(self, name)
-                for name in ("seed", "batch_size", "crop", "flip", "cutout", "trivial_augment")
-            },
+            **{name: getattr(self, name) for name in ("seed", "batch_size", "crop", "flip", "cutout")},
+            "trivial_augment": False,  # retired, and in the key of answers that are kept already
             "statistics of views": [self.mean, self.std],
         }
 

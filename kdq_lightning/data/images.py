@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kdq_lightning.data.augmentation import hash_uniform
+from kdq_lightning.random_draws import random_uniform
 
 
 class Batch(NamedTuple):
@@ -67,7 +67,7 @@ def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
     Returns:
         Chosen positions in random order, int64, (count,).
     """
-    rank = hash_uniform(seed, torch.arange(len(labels)))
+    rank = random_uniform(seed, torch.arange(len(labels)))
     sizes = labels.bincount()
     shares = sizes * count // len(labels)
     remainders = sizes * count % len(labels)

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from kdq_lightning.data.augmentation import hash_uniform
 from kdq_lightning.data.images import Batch
 from kdq_lightning.errors import UserError
+from kdq_lightning.random_draws import random_uniform
 
 _ORDER = -1  # last key of the hash; the views of an image take 0, 1, 2, ...
 
@@ -93,7 +93,7 @@ class GlobalBatchSampler(Sampler[Tensor]):
     def _order(self) -> Tensor:
         if not self.shuffle:
             return self.indices
-        return self.indices[hash_uniform(self.seed, self.epoch, self.indices, _ORDER).argsort(stable=True)]
+        return self.indices[random_uniform(self.seed, self.epoch, self.indices, _ORDER).argsort(stable=True)]
 
     def _share(self, batch: Tensor) -> Tensor:
         pairs = (len(batch) + 1) // 2

@@ -46,10 +46,10 @@ class Classifier(LightningModule):
     """Trains one network on labels: the teacher, and the control, which is the student without a teacher.
 
     A strategy overrides `losses`; one with several networks also `networks`; one whose network is quantized already
-    `carried_weights`, and says so with `carries_codes`.
+    `packed_weights`, and says so with `is_quantized`.
     """
 
-    carries_codes = False
+    is_quantized = False
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Classifier(LightningModule):
         """Return the name in `networks.NETWORKS` of each of `networks()`."""
         return {self.network_name: self.network_name}
 
-    def carried_weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, QuantizedWeight]:
+    def packed_weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, QuantizedWeight]:
         """Return the quantized weights that the network already carries, by layer; none of a float network.
 
         Args:
@@ -135,25 +135,25 @@ class Classifier(LightningModule):
         """Return the loss of a training batch and its parts: what a strategy is.
 
         Args:
-            images: (batch, 3, h, w), augmented and normalised, whole: the trained network gets them `shrunk`.
+            images: (batch, 3, h, w), augmented and normalised, whole: the trained network gets them `resized`.
             labels: (batch,), class indices.
         """
-        logits = self.network(self.shrunk(images))
+        logits = self.network(self.resized(images))
         ce = cross_entropy(logits, labels)
         return Losses(ce, {"ce": ce}, logits)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (batch, 3, h, w), normalised as the datamodule does, to logits (batch, classes)."""
-        logits: Tensor = next(iter(self.networks().values()))(self.inputs(images))
+        logits: Tensor = next(iter(self.networks().values()))(self.normalized(images))
         return logits
 
-    def inputs(self, images: Tensor) -> Tensor:
+    def normalized(self, images: Tensor) -> Tensor:
         """Normalise images as the network expects them, and lay them out as convolutions like them."""
         if self._data_statistics is not None and self.mean is not None and self.std is not None:
             images = renormalize(images, *self._data_statistics, self.mean, self.std)
         return images.contiguous(memory_format=torch.channels_last)
 
-    def shrunk(self, images: Tensor) -> Tensor:
+    def resized(self, images: Tensor) -> Tensor:
         """Resize training images (batch, 3, h, w) to what the trained network gets in this epoch."""
         return images if self._image_size is None else shrink(images, self._image_size)
 
@@ -191,9 +191,9 @@ class Classifier(LightningModule):
             for name, network in self.networks().items()
         }
         checkpoint["data"] = {"num_classes": self.num_classes, "mean": self.mean, "std": self.std}
-        checkpoint["plan"] = self.plan()
+        checkpoint["plan"] = self.resume_requirements()
 
-    def plan(self) -> dict[str, str | int | None]:
+    def resume_requirements(self) -> dict[str, str | int | None]:
         """Return what a resumed run must share with the run that it goes on with."""
         return {
             "strategy": self.strategy,
@@ -277,11 +277,11 @@ class Classifier(LightningModule):
 
     def on_validation_end(self) -> None:
         """Let the clock go on."""
-        self._epoch.go_on()
+        self._epoch.resume_clock()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the strategy's loss; its parts are summed on the device and logged once an epoch."""
-        losses = self.losses(self.inputs(batch.images), batch.labels)
+        losses = self.losses(self.normalized(batch.images), batch.labels)
         with torch.no_grad():
             values = {"loss": losses.loss, **losses.parts}
             if losses.logits is not None:
@@ -339,7 +339,7 @@ class Classifier(LightningModule):
 
     def _evaluate(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Measure a batch and return each network's logits (batch, classes)."""
-        images = self.inputs(batch.images)
+        images = self.normalized(batch.images)
         logits = {name: network(images).float() for name, network in self.networks().items()}
         self.scores.update(logits, batch.labels)
         return logits
@@ -353,7 +353,7 @@ class Classifier(LightningModule):
         self._log_scores("test")
 
     def _log_scores(self, split: str) -> None:
-        logs = {f"{split}/{key}": value for key, value in self.scores.take().items()}
+        logs = {f"{split}/{key}": value for key, value in self.scores.compute_and_reset().items()}
         self.log_dict(logs | ({"step": float(self.global_step)} if self.fitting else {}))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from kdq_lightning.runs.checkpoints import load_trained
 
 
 class Distillation(Classifier):
-    """A student beside a frozen teacher; a strategy overrides `losses` and calls `view_logits` or `teacher_logits`."""
+    """A student beside a frozen teacher; a strategy overrides `losses`, which asks `cached_teacher_logits`."""
 
     def __init__(
         self,
@@ -89,14 +89,14 @@ class Distillation(Classifier):
         if self._cache is not None:
             known = self._cache.start(self.current_epoch, self._images_of_an_epoch, self.device)
             if not self.trainer.strategy.reduce_boolean_decision(known):
-                self._cache.forget()
+                self._cache.disable()
 
     def on_train_epoch_end(self) -> None:
         """Keep the epoch's logits, if all of it was asked for."""
         super().on_train_epoch_end()
-        if self._cache is None or not self._cache.asked:
+        if self._cache is None or not self._cache.pending:
             return
-        asked = [torch.cat(column) for column in zip(*self._cache.asked, strict=True)]
+        asked = [torch.cat(column) for column in zip(*self._cache.pending, strict=True)]
         gathered = [torch.as_tensor(self.all_gather(column)) for column in asked]
         index, logits = gathered[0].flatten(), gathered[1].reshape(-1, self.num_classes)
         if self.trainer.is_global_zero and len(index) == self._images_of_an_epoch:
@@ -140,7 +140,7 @@ class Distillation(Classifier):
         assert self.teacher is not None and self.mean is not None and self.std is not None, "set by setup('fit')"
         return self.teacher.logits(images, self.mean, self.std)
 
-    def view_logits(self, images: Tensor) -> Tensor:
+    def cached_teacher_logits(self, images: Tensor) -> Tensor:
         """Return the same for images that are exactly the batch's views, which the cache may know."""
         if self._cache is None:
             return self.teacher_logits(images)
@@ -151,7 +151,7 @@ class Distillation(Classifier):
         logits = super()._evaluate(batch, batch_idx)
         if self.teacher is not None and self.fitting:
             if batch_idx not in self._teacher_top1:
-                self._teacher_top1[batch_idx] = self.teacher_logits(self.inputs(batch.images)).argmax(1)
+                self._teacher_top1[batch_idx] = self.teacher_logits(self.normalized(batch.images)).argmax(1)
             same = [values.argmax(1) == self._teacher_top1[batch_idx] for values in logits.values()]
             self.agreement.update(torch.stack(same).float())
         return logits

@@ -42,9 +42,9 @@ class DecoupledKD(Distillation):
 
     def losses(self, images: Tensor, labels: Tensor) -> Losses:
         """CE + w·τ²·(α·TCKD + β·NCKD)."""
-        logits = self.network(self.shrunk(images))
+        logits = self.network(self.resized(images))
         ce = cross_entropy(logits, labels)
-        parts = dkd_parts(logits, self.view_logits(images), labels, self.temperature)
+        parts = dkd_parts(logits, self.cached_teacher_logits(images), labels, self.temperature)
         tckd, nckd = (self.temperature**2 * part.mean() for part in parts)
         loss = ce + self.ramp() * (self.alpha * tckd + self.beta * nckd)
         return Losses(loss, {"ce": ce, "tckd": tckd, "nckd": nckd}, logits)

@@ -62,7 +62,7 @@ class MutualLearning(Classifier):
 
     def losses(self, images: Tensor, labels: Tensor) -> Losses:
         """Σ_i of the peers' losses; each is logged apart."""
-        images = self.shrunk(images)
+        images = self.resized(images)
         logits = [peer(images) for peer in self.peers]
         losses = mutual_loss(logits, labels)
         parts = {f"loss/peer{i}": loss for i, loss in enumerate(losses)}

@@ -21,7 +21,7 @@ class TrainingEpoch:
         """Stop the clock: what comes is no training."""
         self._stopped = time.perf_counter()
 
-    def go_on(self) -> None:
+    def resume_clock(self) -> None:
         """Let the clock go on."""
         self._started += time.perf_counter() - self._stopped
 

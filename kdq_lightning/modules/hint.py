@@ -84,7 +84,7 @@ class HintKD(VanillaKD):
         if self.global_step >= self.hint_steps:
             losses = super().losses(images, labels)
             return losses._replace(loss=losses.loss + self._zero([self.regressor]))
-        features = self.regressor(stage2_features(self.network, self.shrunk(images)))
+        features = self.regressor(stage2_features(self.network, self.resized(images)))
         wanted = F.adaptive_avg_pool2d(self.teacher.features(images, self.mean, self.std), features.shape[-2:])
         hint = hint_loss(features, wanted)
         return Losses(hint + self._zero(self._rest()), {"hint": hint}, None)

@@ -39,7 +39,7 @@ class LogitCache:
         except OSError as error:
             raise UserError(f"{self.folder} can't be made ({error.strerror}): choose another teacher_cache") from error
         remove_leftovers(self.folder)
-        self.asked: list[tuple[Tensor, Tensor]] = []  # image indices and logits of each batch that the teacher got
+        self.pending: list[tuple[Tensor, Tensor]] = []  # image indices and logits of each batch that the teacher got
         self._row = self._logits = torch.empty(0)
         self._known = self._checked = False
 
@@ -61,7 +61,7 @@ class LogitCache:
         Raises:
             UserError: If the file is broken.
         """
-        self.asked, self._known, self._checked = [], False, False
+        self.pending, self._known, self._checked = [], False, False
         path = self.path(epoch)
         if not path.is_file():
             return False
@@ -76,7 +76,7 @@ class LogitCache:
         self._known = len(index) == images
         return self._known
 
-    def forget(self) -> None:
+    def disable(self) -> None:
         """Ask the teacher in this epoch, as another process has no file."""
         self._known = False
 
@@ -92,7 +92,7 @@ class LogitCache:
         """
         if not self._known:
             answers = ask()
-            self.asked.append((index, answers.detach()))
+            self.pending.append((index, answers.detach()))
             return answers
         stored = self._logits[self._row[index]]
         if not self._checked:

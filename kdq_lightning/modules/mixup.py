@@ -55,7 +55,7 @@ class MixupKD(Distillation):
         """Mix the batch, then a·CE + (1 - a)·KD on it."""
         lam = self.draw_lambda()
         mixed = mixup(images, lam)
-        logits = self.network(self.shrunk(mixed))
+        logits = self.network(self.resized(mixed))
         ce = lam * cross_entropy(logits, labels) + (1 - lam) * cross_entropy(logits, partner(labels))
         kd = kd_loss(logits, self.teacher_logits(mixed), self.temperature)
         return Losses(self.label_weight * ce + (1 - self.label_weight) * kd, {"ce": ce, "kd": kd}, logits)

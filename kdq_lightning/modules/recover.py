@@ -29,7 +29,7 @@ class Recover(Distillation):
     packed file of the result has the size of the one that it came from: quantize-then-distil at equal bytes.
     """
 
-    carries_codes = True
+    is_quantized = True
 
     def __init__(
         self,
@@ -120,8 +120,8 @@ class Recover(Distillation):
 
     def losses(self, images: Tensor, labels: Tensor) -> Losses:
         """τ²·KL(target ‖ network)."""
-        logits: Tensor = functional_call(self.network, self.quantized_weights(), (self.shrunk(images),))
-        kd = kd_loss(logits, self.view_logits(images), self.temperature)
+        logits: Tensor = functional_call(self.network, self.quantized_weights(), (self.resized(images),))
+        kd = kd_loss(logits, self.cached_teacher_logits(images), self.temperature)
         return Losses(kd, {"kd": kd}, logits)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -131,7 +131,7 @@ class Recover(Distillation):
             for name, weight in self.quantized_weights().items():
                 self.network.get_parameter(name).copy_(weight)
 
-    def carried_weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, QuantizedWeight]:
+    def packed_weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, QuantizedWeight]:
         """Return codes and trained scales by layer.
 
         Args:

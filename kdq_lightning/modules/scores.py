@@ -33,7 +33,7 @@ class Scores(nn.Module):
             metrics.update(values.double().softmax(1), labels)
             self.loss.update(F.cross_entropy(values, labels), weight=len(labels))
 
-    def take(self) -> dict[str, Tensor]:
+    def compute_and_reset(self) -> dict[str, Tensor]:
         """Return what all ranks have found, and start afresh.
 
         Returns:

@@ -34,7 +34,7 @@ class VanillaKD(Distillation):
 
     def losses(self, images: Tensor, labels: Tensor) -> Losses:
         """a·CE + (1 - a)·KD."""
-        logits = self.network(self.shrunk(images))
+        logits = self.network(self.resized(images))
         ce = cross_entropy(logits, labels)
-        kd = kd_loss(logits, self.view_logits(images), self.temperature)
+        kd = kd_loss(logits, self.cached_teacher_logits(images), self.temperature)
         return Losses(self.label_weight * ce + (1 - self.label_weight) * kd, {"ce": ce, "kd": kd}, logits)

@@ -1,22 +1,9 @@
-"""Random draws that depend on counters alone, so that sharding and micro-batches never change them."""
+"""The random choices of quantization: which patches a layer is solved on, and the noise of stochastic rounding."""
 
 import torch
 from torch import Tensor
 
-
-def counter_hash(*counters: Tensor | int) -> Tensor:
-    """Hash broadcastable integer counters to int64 in [0, 2^63), by SplitMix64's finalizer (Steele et al. 2014)."""
-    state = torch.zeros((), dtype=torch.int64)
-    for counter in counters:
-        state = state + counter - 0x61C8864680B583EB
-        state = (state ^ _shift_right(state, 30)) * -0x40A7B892E31B1A47
-        state = (state ^ _shift_right(state, 27)) * -0x6B2FB644ECCEEE15
-        state = state ^ _shift_right(state, 31)
-    return state & 0x7FFFFFFFFFFFFFFF
-
-
-def _shift_right(state: Tensor, count: int) -> Tensor:
-    return (state >> count) & ((1 << (64 - count)) - 1)  # torch's own shift drags the sign along
+from kdq_lightning.random_draws import random_integers
 
 
 def draw_positions(
@@ -41,7 +28,7 @@ def draw_positions(
     draw = torch.arange(draws)
     if not replacement and draws == positions:
         return draw.expand(len(images), draws)
-    values = counter_hash(seed, layer, images[:, None], draw)
+    values = random_integers(seed, layer, images[:, None], draw)
     if replacement:
         return values % positions
     first, end = draw * positions // draws, (draw + 1) * positions // draws
@@ -50,5 +37,5 @@ def draw_positions(
 
 def draw_uniform(seed: int, layer: int, columns: int, neurons: int) -> Tensor:
     """Return (columns, neurons) float64 in [0, 1), the noise of stochastic rounding."""
-    values = counter_hash(seed, layer, torch.arange(columns)[:, None], torch.arange(neurons))
+    values = random_integers(seed, layer, torch.arange(columns)[:, None], torch.arange(neurons))
     return (values >> 10).double() / 2**53

@@ -49,8 +49,8 @@ def solve(gram: Gram, weight: Tensor, recipe: Recipe, *, noise: Tensor | float =
     """
     weight = weight.double()
     candidates = candidate_scales(weight, recipe)
-    targets, coupling = recursion(gram, weight, recipe)
-    levels, scale = _best(gram, targets, coupling, candidates, recipe, noise)
+    targets, feedback = recursion(gram, weight, recipe)
+    levels, scale = _best(gram, targets, feedback, candidates, recipe, noise)
     levels, scale = coordinate_descent(gram, levels, scale, recipe)
     shift = torch.zeros_like(scale)
     if recipe.match_moments:
@@ -99,27 +99,27 @@ def recursion(gram: Gram, weight: Tensor, recipe: Recipe) -> tuple[Tensor, Tenso
     return targets, feedback
 
 
-def greedy(targets: Tensor, coupling: Tensor | None, alphabet: Alphabet, noise: Tensor | float = 0.5) -> Tensor:
+def greedy(targets: Tensor, feedback: Tensor | None, alphabet: Alphabet, noise: Tensor | float = 0.5) -> Tensor:
     """Run q_t = Q(T_t - Σ_{s<t} q_s F_st) over the columns in order, all neurons at once.
 
     Args:
         targets: T in units of the scale, (groups, N, neurons).
-        coupling: F, (groups, N, N), of which the strictly upper part is read; None for no feedback.
+        feedback: F, (groups, N, N), of which the strictly upper part is read; None for no feedback.
         alphabet: Where Q rounds to.
         noise: 1/2, or draws in [0, 1) for stochastic rounding, (N, neurons).
 
     Returns:
         Levels, (groups, N, neurons).
     """
-    if coupling is None:
+    if feedback is None:
         return alphabet.round(targets, noise)
     levels = torch.zeros_like(targets)
     draws = list(noise) if isinstance(noise, Tensor) else [noise] * targets.shape[1]
     for start in range(0, targets.shape[1], BLOCK):
         stop = min(start + BLOCK, targets.shape[1])
         done = levels[:, start:stop]  # zero where still to come
-        values = torch.baddbmm(targets[:, start:stop], coupling[:, :start, start:stop].mT, levels[:, :start], alpha=-1)
-        near = coupling[:, start:stop, start:stop].triu(1).mT.contiguous()
+        values = torch.baddbmm(targets[:, start:stop], feedback[:, :start, start:stop].mT, levels[:, :start], alpha=-1)
+        near = feedback[:, start:stop, start:stop].triu(1).mT.contiguous()
         blocks = (torch.tensor_split(block, stop - start, 1) for block in (values, near, done))
         steps = zip(*blocks, draws[start:stop], strict=True)
         for value, feedback, level, draw in steps:
@@ -220,7 +220,7 @@ def least_weight_error(weight: Tensor, top: Tensor, alphabet: Alphabet) -> Tenso
 def _best(
     gram: Gram,
     targets: Tensor,
-    coupling: Tensor | None,
+    feedback: Tensor | None,
     candidates: Tensor,
     recipe: Recipe,
     noise: Tensor | float,
@@ -230,7 +230,7 @@ def _best(
     scales = candidates.permute(1, 2, 0, 3).reshape(groups, 1, count * neurons)
     if isinstance(noise, Tensor):
         noise = noise.repeat(1, count)
-    levels = greedy(targets.repeat(1, 1, count) / scales, coupling, recipe.alphabet, noise)
+    levels = greedy(targets.repeat(1, 1, count) / scales, feedback, recipe.alphabet, noise)
     if count == 1:
         return levels, scales
     levels = levels.view(groups, -1, count, neurons)

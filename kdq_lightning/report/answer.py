@@ -31,11 +31,11 @@ class File:
         return self.cell.packed_bytes
 
     @property
-    def selection(self) -> float:
+    def validation_top1(self) -> float:
         """Validation accuracy in percent, known of every file that takes part."""
-        selection = self.cell.selection
-        assert selection is not None, "files_of leaves the others out"
-        return selection
+        validation_top1 = self.cell.validation_top1
+        assert validation_top1 is not None, "files_of leaves the others out"
+        return validation_top1
 
     @property
     def label(self) -> str:
@@ -94,7 +94,7 @@ def files_of(rows: Sequence[Row]) -> tuple[list[File], list[File]]:
     images: dict[int, str] = {}
     for row in whole_rows(rows):
         for bits, cell in row.cells.items():
-            if cell.selection is None or not cell.correct:
+            if cell.validation_top1 is None or not cell.correct:
                 continue
             sides[is_teachers(row, rows)].append(File(row, bits))
             for vector in cell.correct.values():
@@ -112,9 +112,9 @@ def duels_by_budget(students: Sequence[File], teachers: Sequence[File]) -> list[
     """Return who is better for each range of budgets; the p-values are adjusted together."""
     ranges = budget_ranges(
         [file.size for file in students],
-        [file.selection for file in students],
+        [file.validation_top1 for file in students],
         [file.size for file in teachers],
-        [file.selection for file in teachers],
+        [file.validation_top1 for file in teachers],
     )
     return _tested(
         Duel(
@@ -135,8 +135,8 @@ def duels_by_file(students: Sequence[File], teachers: Sequence[File]) -> list[Du
     duels = []
     for side, others, is_student in ((students, teachers, True), (teachers, students, False)):
         sizes = [file.size for file in side]
-        for i in pareto_front(sizes, [file.selection for file in side]):
-            best = choose_file([f.size for f in others], [f.selection for f in others], max_bytes=sizes[i])
+        for i in pareto_front(sizes, [file.validation_top1 for file in side]):
+            best = choose_file([f.size for f in others], [f.validation_top1 for f in others], max_bytes=sizes[i])
             opponent = None if best is None else others[best]
             pair = (side[i], opponent) if is_student else (opponent, side[i])
             duels.append(Duel(sizes[i], sizes[i], *pair))
@@ -171,7 +171,7 @@ def _pair(duel: Duel) -> tuple[int, int]:
 def choose_measurement(
     rows: Sequence[Row], max_bytes: float | None, min_accuracy: float | None
 ) -> tuple[File, Measurement] | None:
-    """Return the one file to ship, chosen on validation; None if no file meets the wishes.
+    """Return the one file to ship, chosen on validation; None if no file meets the options.
 
     Args:
         rows: Of one data set.

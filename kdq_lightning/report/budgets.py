@@ -32,7 +32,7 @@ def choose_file(
     max_bytes: float | None = None,
     min_accuracy: float | None = None,
 ) -> int | None:
-    """Return the index of the file to ship, None if none meets the wishes.
+    """Return the index of the file to ship, None if none meets the options.
 
     Args:
         sizes: Bytes of each file.

@@ -12,7 +12,7 @@ from kdq_lightning.report.rows import Row, whole_rows
 from kdq_lightning.report.significance import LEVEL, Difference, holm, paired_bootstrap
 from kdq_lightning.runs.records import FLOAT_BITS
 
-VERDICTS = {
+DROP_VERDICTS = {
     1: "drops more sharply than the teacher at",
     -1: "drops less than the teacher at",
     0: "has a drop that is not distinguishable from the teacher's at",
@@ -52,7 +52,7 @@ def drops(rows: Sequence[Row]) -> list[Drop]:
     whole = whole_rows(rows)
     found: list[Drop] = []
     for row in whole:
-        lost = {bits: losses(row, bits) for bits in row.cells if bits != FLOAT_BITS}
+        lost = {bits: accuracy_drop(row, bits) for bits in row.cells if bits != FLOAT_BITS}
         row_drops = []
         for bits, own in lost.items():
             if own is None:
@@ -64,7 +64,7 @@ def drops(rows: Sequence[Row]) -> list[Drop]:
     return found
 
 
-def losses(row: Row, bits: int) -> NDArray[np.int8] | None:
+def accuracy_drop(row: Row, bits: int) -> NDArray[np.int8] | None:
     """Return float minus quantized correctness, (seeds, images), of the seeds that have both; None if none has."""
     if FLOAT_BITS not in row.cells or bits not in row.cells:
         return None
@@ -75,15 +75,15 @@ def losses(row: Row, bits: int) -> NDArray[np.int8] | None:
 
 def _versus(row: Row, bits: int, own: NDArray[np.int8], rows: Sequence[Row], strategy: str) -> Difference | None:
     """Return a row's loss minus that of the row of another strategy that is most like it."""
-    others = [other for other in rows if other.strategy == strategy and losses(other, bits) is not None]
+    others = [other for other in rows if other.strategy == strategy and accuracy_drop(other, bits) is not None]
     if row.strategy == strategy or not others:
         return None
-    reference = losses(most_alike(row, bits, others), bits)
+    reference = accuracy_drop(closest_reference(row, bits, others), bits)
     assert reference is not None
     return paired_bootstrap(own, reference, RESAMPLES) if reference.shape[1] == own.shape[1] else None
 
 
-def most_alike(row: Row, bits: int, others: Sequence[Row]) -> Row:
+def closest_reference(row: Row, bits: int, others: Sequence[Row]) -> Row:
     """Return the row that is quantized like the given one if there is such, then the one of the same network."""
 
     def likeness(other: Row) -> tuple[bool, bool]:
@@ -125,7 +125,7 @@ def sharper_drop(found: Sequence[Drop], rows: Sequence[Row]) -> list[str]:
             continue
         claimed = SHARPER_DROP.get(tested[0].row.dataset, ())
         parts = []
-        for verdict, what in VERDICTS.items():
+        for verdict, what in DROP_VERDICTS.items():
             chosen = [drop for drop in tested if _sign(drop.versus_teacher) == verdict]
             numbers = "; ".join(
                 f"{drop.bits} bits{' (sharper drop claimed)' if drop.bits in claimed else ''} {format_difference(test)}"

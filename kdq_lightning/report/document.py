@@ -10,8 +10,8 @@ from kdq_lightning.report.figures import render
 from kdq_lightning.report.gains import gains_over_control, sentence_of_gains, table_of_gains
 from kdq_lightning.report.pictures import figures_of
 from kdq_lightning.report.published import NETWORKS, WINNER
-from kdq_lightning.report.rows import TITLES, Row
-from kdq_lightning.report.sentences import VERDICTS, Wishes, answer, over_all, shipped, verdict
+from kdq_lightning.report.rows import Row
+from kdq_lightning.report.sentences import TRACK_VERDICTS, ReportOptions, answer, over_all, shipped, verdict
 from kdq_lightning.report.significance import RESAMPLES
 from kdq_lightning.report.tables import (
     MISSING,
@@ -25,6 +25,7 @@ from kdq_lightning.report.tables import (
     to_latex,
     to_markdown,
 )
+from kdq_lightning.strategies import STRATEGIES
 
 
 class Report(NamedTuple):
@@ -34,13 +35,13 @@ class Report(NamedTuple):
     files: dict[str, bytes]
 
 
-def compose(datasets: Mapping[str, Sequence[Row]], notes: Sequence[str], wishes: Wishes) -> Report:
+def compose(datasets: Mapping[str, Sequence[Row]], notes: Sequence[str], options: ReportOptions) -> Report:
     """Write the report over all data sets.
 
     Args:
         datasets: Rows by data set.
         notes: What a reader should know of the records.
-        wishes: What the user asks for.
+        options: What the user asks for.
     """
     files: dict[str, bytes] = {}
     answers, sections, verdicts, claims = [], [], {}, []
@@ -48,10 +49,10 @@ def compose(datasets: Mapping[str, Sequence[Row]], notes: Sequence[str], wishes:
         sides = files_of(rows)
         duels = duels_by_budget(*sides)
         verdicts[dataset] = verdict(duels)
-        answers.append(f"**{dataset}**: {answer(duels)}" + "".join(shipped(rows, wishes)))
+        answers.append(f"**{dataset}**: {answer(duels)}" + "".join(shipped(rows, options)))
         lost = drops(rows)
         claims.append(_claims(dataset, rows, verdicts[dataset], lost))
-        sections.append(_section(dataset, rows, wishes, duels_by_file(*sides), lost, files))
+        sections.append(_section(dataset, rows, options, duels_by_file(*sides), lost, files))
     text = "\n\n".join([*answers, *([over_all(verdicts)] if len(verdicts) > 1 else [])])
     documents = [INTRODUCTION, "## The answer", text, *sections, "## The published claims", *claims]
     documents += ["## What this stands on", "\n".join(f"- {note}" for note in [*METHOD, *notes])]
@@ -88,7 +89,7 @@ def _claims(dataset: str, rows: Sequence[Row], found: str | None, lost: Sequence
     networks = ", ".join(dict.fromkeys(row.network for row in rows))
     blocks = [
         f"### {dataset}",
-        f"**Which track wins.** Published: {claimed}. Measured, at equal bytes: {VERDICTS[found]} ({networks}).",
+        f"**Which track wins.** Published: {claimed}. Measured, at equal bytes: {TRACK_VERDICTS[found]} ({networks}).",
         "**Does the student drop more sharply?** Loss from float minus the teacher's loss, in points:\n\n"
         + _bullets(sharper_drop(lost, rows)),
         "**Do quantized networks nearly match float?** Loss from float, in points:\n\n" + _bullets(nearly_float(lost)),
@@ -103,13 +104,13 @@ def _bullets(sentences: Sequence[str]) -> str:
 def _section(
     dataset: str,
     rows: Sequence[Row],
-    wishes: Wishes,
+    options: ReportOptions,
     duels: Sequence[Duel],
     lost: Sequence[Drop],
     files: dict[str, bytes],
 ) -> str:
     """Return a data set's tables and figures, and put their files beside."""
-    accuracy = table_by_bits(rows, "test_top1", best=max, published=wishes.published)
+    accuracy = table_by_bits(rows, "test_top1", best=max, published=options.published)
     files[f"accuracy_{dataset}.csv"] = to_csv(accuracy).encode()
     files[f"accuracy_{dataset}.tex"] = to_latex(accuracy, f"Top-1 accuracy on {dataset}, percent").encode()
     files[f"cells_{dataset}.csv"] = cells_csv(rows).encode()
@@ -117,9 +118,11 @@ def _section(
     for name, figure in figures.items():
         for kind in ("svg", "png"):
             files[f"{name}_{dataset}.{kind}"] = render(figure, kind)
-    brackets = " In brackets the published accuracy and the difference from it." if wishes.published else ""
+    brackets = " In brackets the published accuracy and the difference from it." if options.published else ""
     absent = [
-        title for strategy, title in TITLES.items() if strategy not in {*(row.strategy for row in rows), "recover"}
+        look.title
+        for strategy, look in STRATEGIES.items()
+        if strategy not in {*(row.strategy for row in rows), "recover"}
     ]
     blocks = [
         f"## {dataset}",

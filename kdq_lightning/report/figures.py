@@ -11,19 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kdq_lightning.runs.records import FLOAT_BITS, Record
-
-# Colours of Okabe & Ito, which colour-blind readers tell apart; a strategy has the same in every figure.
-COLOURS = {
-    "teacher": "#000000",
-    "control": "#999999",
-    "vanilla": "#0072B2",
-    "mixup": "#E69F00",
-    "dkd": "#009E73",
-    "hint": "#56B4E9",
-    "dml": "#CC79A7",
-    "recover": "#D55E00",
-}
-_MARKERS = dict(zip(COLOURS, "osD^vPX*", strict=True))
+from kdq_lightning.strategies import appearance
 
 
 @dataclass(frozen=True)
@@ -176,8 +164,8 @@ def _styles(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     drawn = [curve.strategy for curve in curves]
     return [
         {
-            "color": COLOURS.get(curve.strategy, f"C{i}"),
-            "marker": _MARKERS.get(curve.strategy, "."),
+            "color": appearance(curve.strategy, i).colour,
+            "marker": appearance(curve.strategy).marker,
             "markersize": 5,
             "linewidth": 1.5,
             "linestyle": ("-", "--", ":", "-.")[drawn[:i].count(curve.strategy) % 4],

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kdq_lightning.report.claims import format_difference, most_alike
+from kdq_lightning.report.claims import closest_reference, format_difference
 from kdq_lightning.report.rows import Row, whole_rows
 from kdq_lightning.report.significance import LEVEL, Difference, holm, paired_bootstrap
 from kdq_lightning.report.tables import MISSING, Entry, Table, bit_widths, heading
@@ -37,7 +37,7 @@ def _gain(row: Row, bits: int, controls: Sequence[Row]) -> Difference | None:
     able = [control for control in same if bits in control.cells and control.cells[bits].correct]
     if not row.cells[bits].correct or not able:
         return None
-    own, other = row.cells[bits].correct, most_alike(row, bits, able).cells[bits].correct
+    own, other = row.cells[bits].correct, closest_reference(row, bits, able).cells[bits].correct
     return paired_bootstrap(np.stack(list(own.values())), np.stack(list(other.values())))
 
 

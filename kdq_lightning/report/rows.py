@@ -12,17 +12,8 @@ from numpy.typing import NDArray
 from kdq_lightning.errors import UserError
 from kdq_lightning.report.significance import mean_and_deviation
 from kdq_lightning.runs.records import CORRECT, RECORDS, Record, find_records, read_correct
+from kdq_lightning.strategies import STRATEGIES, appearance
 
-TITLES = {
-    "teacher": "Teacher",
-    "control": "Control",
-    "vanilla": "Vanilla KD",
-    "mixup": "Mixup KD",
-    "dkd": "DKD",
-    "hint": "Hints",
-    "dml": "DML",
-    "recover": "Recovered",
-}
 """What tables call each strategy, in their order."""
 
 
@@ -80,7 +71,7 @@ class Cell:
         return mean_and_deviation(values) if values else None
 
     @property
-    def selection(self) -> float | None:
+    def validation_top1(self) -> float | None:
         """The validation accuracy of the first peers, mean over seeds: what every choice is made by."""
         values = [m.record.val_top1 for m in self.first_peers if m.record.val_top1 is not None]
         return float(np.mean(values)) if values else None
@@ -239,10 +230,10 @@ def _in_seed_order(group: Iterable[Measurement]) -> tuple[Measurement, ...]:
 
 
 def _in_order(rows: Iterable[Row]) -> list[Row]:
-    strategies = list(TITLES)
+    strategies = list(STRATEGIES)
 
     def place(row: Row) -> tuple[int, str, str, str, str, list[int]]:
-        known = strategies.index(row.strategy) if row.strategy in TITLES else len(strategies)
+        known = strategies.index(row.strategy) if row.strategy in STRATEGIES else len(strategies)
         hashes = sorted(m.record.config_hash for cell in row.cells.values() for m in cell.measurements)
         return known, row.strategy, row.network, row.run, hashes[0], row.seeds
 
@@ -251,7 +242,7 @@ def _in_order(rows: Iterable[Row]) -> list[Row]:
 
 def _labelled(rows: list[Row]) -> list[Row]:
     """Name the rows by strategy and network; where that isn't enough, by run and, last, by settings."""
-    labels = [f"{TITLES.get(row.strategy, row.strategy)} ({row.network})" for row in rows]
+    labels = [f"{appearance(row.strategy).title} ({row.network})" for row in rows]
     for detail in (lambda row: row.run, _hash):
         twice = {label for label in labels if labels.count(label) > 1}
         labels = [

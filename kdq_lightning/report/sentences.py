@@ -9,7 +9,7 @@ from kdq_lightning.report.figures import format_bytes
 from kdq_lightning.report.rows import Row
 from kdq_lightning.report.tables import MISSING, format_cell
 
-VERDICTS = {
+TRACK_VERDICTS = {
     "student": "the student wins",
     "teacher": "the teacher wins",
     "both": "each wins somewhere",
@@ -18,7 +18,7 @@ VERDICTS = {
 }
 
 
-class Wishes(NamedTuple):
+class ReportOptions(NamedTuple):
     """What the user asks for beside the report: a budget in bytes, an accuracy in percent, the published values."""
 
     max_bytes: float | None = None
@@ -32,7 +32,7 @@ def answer(duels: Sequence[Duel]) -> str:
     if not fought:
         return "the question stays open, no file of a student and of a teacher can be compared at equal bytes."
     parts = [_range_sentence(group) for group in merge_ranges(duels, _outcome)]
-    return f"at equal bytes {VERDICTS[verdict(duels)]}. " + " ".join(parts)
+    return f"at equal bytes {TRACK_VERDICTS[verdict(duels)]}. " + " ".join(parts)
 
 
 def verdict(duels: Sequence[Duel]) -> str | None:
@@ -80,13 +80,13 @@ def _describe(duel: Duel) -> str:
     return f"{text}, student minus teacher {format_difference(duel.difference, with_p=False)} points"
 
 
-def shipped(rows: Sequence[Row], wishes: Wishes) -> list[str]:
+def shipped(rows: Sequence[Row], options: ReportOptions) -> list[str]:
     """Return the sentence on the file to ship, if there is a wish."""
-    if wishes.max_bytes is None and wishes.min_accuracy is None:
+    if options.max_bytes is None and options.min_accuracy is None:
         return []
-    asked = [f"at most {format_bytes(wishes.max_bytes)}"] if wishes.max_bytes is not None else []
-    asked += [f"at least {wishes.min_accuracy:g} % on validation"] if wishes.min_accuracy is not None else []
-    chosen = choose_measurement(rows, wishes.max_bytes, wishes.min_accuracy)
+    asked = [f"at most {format_bytes(options.max_bytes)}"] if options.max_bytes is not None else []
+    asked += [f"at least {options.min_accuracy:g} % on validation"] if options.min_accuracy is not None else []
+    chosen = choose_measurement(rows, options.max_bytes, options.min_accuracy)
     if chosen is None:
         return [f" No file has {' and '.join(asked)}."]
     file, m = chosen
@@ -99,5 +99,5 @@ def shipped(rows: Sequence[Row], wishes: Wishes) -> list[str]:
 
 def over_all(verdicts: Mapping[str, str | None]) -> str:
     """Return the one sentence over several data sets."""
-    parts = [f"on {dataset} {VERDICTS[found]}" for dataset, found in verdicts.items()]
+    parts = [f"on {dataset} {TRACK_VERDICTS[found]}" for dataset, found in verdicts.items()]
     return f"Over the data sets, at equal bytes: {'; '.join(parts)}."

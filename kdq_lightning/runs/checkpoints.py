@@ -203,9 +203,9 @@ def load_trained(
 def _from_safetensors(
     file: Path, network: str | None, mean: Statistics | None, std: Statistics | None, option: str
 ) -> dict[str, TrainedNetwork]:
-    state, told = unpack(file) if is_packed(file) else (_read_state_dict(file), {})
-    network = told.get("network", network)
-    mean, std = _told_statistics(file, told, "mean") or mean, _told_statistics(file, told, "std") or std
+    state, metadata = unpack(file) if is_packed(file) else (_read_state_dict(file), {})
+    network = metadata.get("network", network)
+    mean, std = _statistics_in(file, metadata, "mean") or mean, _statistics_in(file, metadata, "std") or std
     if network is None or mean is None or std is None:
         missing = [flag for flag, value in zip(FLAGS[option], (network, mean, std), strict=True) if value is None]
         raise UserError(f"{file} says too little of its network: give {', '.join(missing)}")
@@ -225,14 +225,16 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} cannot be read as safetensors ({error}); it is truncated or foreign") from error
 
 
-def _told_statistics(file: Path, told: Mapping[str, str], name: str) -> Statistics | None:
+def _statistics_in(file: Path, metadata: Mapping[str, str], name: str) -> Statistics | None:
     """Return a mean or deviation that a packed file's metadata holds as a JSON list; None if it holds none."""
-    if name not in told:
+    if name not in metadata:
         return None
     try:
-        red, green, blue = map(float, json.loads(told[name]))
+        red, green, blue = map(float, json.loads(metadata[name]))
     except (ValueError, TypeError) as error:
-        raise UserError(f"the metadata of {file} has the {name} {told[name]!r}, not a JSON list of three") from error
+        raise UserError(
+            f"the metadata of {file} has the {name} {metadata[name]!r}, not a JSON list of three"
+        ) from error
     return red, green, blue
 
 

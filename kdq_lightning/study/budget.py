@@ -51,7 +51,7 @@ SHARES = 1000
 BATCH_SIZE, SIZES, RATE = "data.init_args.batch_size", "data.init_args.image_sizes", "model.init_args.learning_rate"
 
 
-class Cost(NamedTuple):
+class RunCost(NamedTuple):
     """Seconds of a run: of an epoch, validation included, the mean over its image sizes; and of what comes after."""
 
     epoch: float
@@ -63,7 +63,7 @@ class PlannedRun:
     """What a run costs, and what the plan changes of its config."""
 
     run: Run
-    cost: Cost
+    cost: RunCost
     options: dict[str, Any]
     wanted: int  # epochs, by its config; 0 of one that isn't trained
     sizes: int  # of images
@@ -188,7 +188,7 @@ class Meter:
             raise UserError(f"{run.name} says no number of epochs: give trainer.max_epochs")
         return PlannedRun(run, self._cost(run, sizes, options), options, epochs, len(sizes))
 
-    def _cost(self, run: Run, sizes: Sequence[int], options: Mapping[str, Any]) -> Cost:
+    def _cost(self, run: Run, sizes: Sequence[int], options: Mapping[str, Any]) -> RunCost:
         data, config = self.data(run), self.configs[run]
         model, quantization = config["model"], config["quantization"]
         networks = model["init_args"].get("networks") or [model["init_args"]["network"]]
@@ -196,7 +196,7 @@ class Meter:
         after = 0.0
         kind: type[Classifier] = load_class(model["class_path"])
         if quantization["enabled"]:
-            widths = 0 if kind.carries_codes else len(quantization["bits"])
+            widths = 0 if kind.is_quantized else len(quantization["bits"])
             evaluated = len(data.val_index) + quantization["test"] * len(data.test_set)
             after = (widths + 1) * evaluated * forward
             if run.command == "fit" and issubclass(kind, Distillation):
@@ -204,13 +204,13 @@ class Meter:
             images = quantization["calibration_images"]
             after += widths * sum(self.quantization_seconds(name, data, images) for name in networks)
         if run.command != "fit":
-            return Cost(0.0, after)
+            return RunCost(0.0, after)
         batch_size = options.get(BATCH_SIZE, data.batch_size)
         step = sum(self.step_seconds(run, size, batch_size) for size in sizes) / len(sizes)
         steps = max(len(data.train_index) // batch_size, 1)
         limit = config["trainer"]["limit_train_batches"]
         steps = min(steps, limit) if isinstance(limit, int) else int(steps * (1.0 if limit is None else limit))
-        return Cost(steps * step + len(data.val_index) * forward, after)
+        return RunCost(steps * step + len(data.val_index) * forward, after)
 
     def step_seconds(self, run: Run, size: int, batch_size: int) -> float:
         """Return the seconds of a Trainer step on images of a size, with an untrained teacher."""

@@ -28,9 +28,9 @@ class Interruption(Callback):
     def __init__(self) -> None:
         """Nobody has been told anything yet."""
         self.agreed = False
-        self._told = self._training = False
-        self._asked_at = self._saved_at = 0.0
-        self._asked_after = self._asks_after = -1
+        self._sigterm_received = self._training = False
+        self._last_sync_time = self._saved_at = 0.0
+        self._last_sync_step = self._next_sync_step = -1
 
     def listen(self, trainer: LightningTrainer) -> None:
         """Take the place of Lightning's handler, which Lightning gives back when the run ends."""
@@ -39,9 +39,9 @@ class Interruption(Callback):
 
         def note(signum: int, frame: FrameType | None) -> None:
             launcher = trainer.strategy.launcher
-            if not self._told and launcher is not None:
+            if not self._sigterm_received and launcher is not None:
                 launcher.kill(signum)  # which passes it on to the processes that this one has started
-            self._told = True
+            self._sigterm_received = True
             self.agreed |= not self._training
 
         signal.signal(signal.SIGTERM, note)
@@ -49,8 +49,8 @@ class Interruption(Callback):
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Start the clocks."""
         self._training = True
-        self._asked_at = self._saved_at = time.monotonic()
-        self._asked_after = trainer.fit_loop.total_batch_idx
+        self._last_sync_time = self._saved_at = time.monotonic()
+        self._last_sync_step = trainer.fit_loop.total_batch_idx
 
     def on_save_checkpoint(
         self, trainer: LightningTrainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -67,22 +67,22 @@ class Interruption(Callback):
         """
         step = trainer.fit_loop.total_batch_idx
         is_between = (batch_idx + 1) % trainer.accumulate_grad_batches
-        if step < self._asks_after or is_between or trainer.is_last_batch:
+        if step < self._next_sync_step or is_between or trainer.is_last_batch:
             return
         now = time.monotonic()
-        seconds = (now - self._asked_at) / max(step - self._asked_after, 1)
-        mine = torch.tensor([float(self._told), seconds, now - self._saved_at], device=pl_module.device)
+        seconds = (now - self._last_sync_time) / max(step - self._last_sync_step, 1)
+        mine = torch.tensor([float(self._sigterm_received), seconds, now - self._saved_at], device=pl_module.device)
         told, slowest, unsaved = trainer.strategy.reduce(mine, reduce_op="max").tolist()
         self.agreed = told > 0
-        self._asked_at, self._asked_after = now, step
-        self._asks_after = step + max(1, int(ASK_SECONDS / slowest))
+        self._last_sync_time, self._last_sync_step = now, step
+        self._next_sync_step = step + max(1, int(ASK_SECONDS / slowest))
         if unsaved > SAVE_SECONDS:
             _save(trainer)
 
     def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """After training, what is finished is on disk: each process stops for itself."""
         self._training = False
-        self.agreed |= self._told
+        self.agreed |= self._sigterm_received
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Told to terminate within an epoch, keep what it has reached; within a validation, the epoch before stays."""

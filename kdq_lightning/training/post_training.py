@@ -21,7 +21,7 @@ from kdq_lightning.runs.records import FLOAT_BITS
 from kdq_lightning.runs.result_folder import ResultFolder
 from kdq_lightning.training.dashboard import has_quantized, terminal_table, write_quantized
 from kdq_lightning.training.progress_bars import QuantizationBars
-from kdq_lightning.training.quantized_run import Found, QuantizedRun
+from kdq_lightning.training.quantized_run import Evaluations, QuantizedRun
 
 
 class PostTrainingQuantization(Callback):
@@ -88,7 +88,7 @@ class PostTrainingQuantization(Callback):
     def is_complete(self, folder: Path, module: Classifier) -> bool:
         """Tell whether a version's folder holds every result of the module's networks."""
         results = ResultFolder(folder, self.config_hash)
-        carried = [record.bits for record in results.records] if module.carries_codes else []
+        carried = [record.bits for record in results.records] if module.is_quantized else []
         widths = carried or [*self.bits, FLOAT_BITS]
         return has_quantized(folder) and not any(results.missing(name, widths) for name in module.networks())
 
@@ -125,7 +125,7 @@ class PostTrainingQuantization(Callback):
             bars.layers(done, total)
             run.stop_if_terminated()
 
-        def measure(candidate: nn.Module) -> Found:
+        def measure(candidate: nn.Module) -> Evaluations:
             return {key: evaluate(candidate, split, mean, std, on_images) for key, split in run.splits.items()}
 
         floats = measure(network)

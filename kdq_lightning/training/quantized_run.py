@@ -33,7 +33,7 @@ from kdq_lightning.runs.checkpoints import (
 from kdq_lightning.runs.records import FLOAT_BITS, LayerRecord, Record
 from kdq_lightning.runs.result_folder import ResultFolder
 
-Found = dict[str, Evaluation]
+Evaluations = dict[str, Evaluation]
 """What a network makes of each split, "val" and "test"."""
 
 
@@ -138,9 +138,9 @@ class QuantizedRun:
     def carried(self) -> dict[str, QuantizedWeight]:
         """The quantized weights that the module's network already carries, by layer; none of a float network."""
         file = self.checkpoint or Path(self.module.weights or "")
-        if file.suffix != ".ckpt" or not self.module.carries_codes:
-            return self.module.carried_weights()
-        return self.module.carried_weights(read_checkpoint(file)["state_dict"])
+        if file.suffix != ".ckpt" or not self.module.is_quantized:
+            return self.module.packed_weights()
+        return self.module.packed_weights(read_checkpoint(file)["state_dict"])
 
     def statistics(self, name: str) -> tuple[Statistics, Statistics]:
         """Return channel means and deviations of a network's inputs."""
@@ -161,7 +161,7 @@ class QuantizedRun:
         return images[pieces * rank // world_size * piece : pieces * (rank + 1) // world_size * piece]
 
     @cached_property
-    def teacher(self) -> Found:
+    def teacher(self) -> Evaluations:
         """What the teacher makes of each split; nothing without a teacher, or if its file is gone."""
         teacher = self.module.find_teacher()
         if teacher is None:
@@ -169,12 +169,14 @@ class QuantizedRun:
         network = teacher.network.to(self.device)
         return {name: evaluate(network, split, teacher.mean, teacher.std) for name, split in self.splits.items()}
 
-    def save_float(self, name: str, network: nn.Module, found: Found) -> None:
+    def save_float(self, name: str, network: nn.Module, found: Evaluations) -> None:
         """Record the float network; its bytes are those of a `.safetensors` file of its state dict."""
         record = self._record(name, FLOAT_BITS, found, found, packed_bytes=len(state_dict_bytes(network)))
         self.on_rank_zero(lambda: self.results.add(record, _correct(found)))
 
-    def save_quantized(self, name: str, bits: int, quantized: Quantized, found: Found, floats: Found) -> None:
+    def save_quantized(
+        self, name: str, bits: int, quantized: Quantized, found: Evaluations, floats: Evaluations
+    ) -> None:
         """Pack and record a network at one bit width.
 
         Args:
@@ -208,7 +210,7 @@ class QuantizedRun:
 
         self.on_rank_zero(write)
 
-    def save_carried(self, name: str, network: nn.Module, found: Found) -> None:
+    def save_carried(self, name: str, network: nn.Module, found: Evaluations) -> None:
         """Pack and record a network that carries codes; there is no float network to compare it with.
 
         Args:
@@ -236,7 +238,7 @@ class QuantizedRun:
             record.network, self.module.num_classes, mean, std, **{key: str(getattr(record, key)) for key in more}
         )
 
-    def _record(self, name: str, bits: int, found: Found, floats: Found | None, **measured: Any) -> Record:
+    def _record(self, name: str, bits: int, found: Evaluations, floats: Evaluations | None, **measured: Any) -> Record:
         network = self.module.network_names()[name]
         main = "test" if "test" in found else "val"
         classes, correct = found[main].classes, found[main].correct
@@ -259,14 +261,14 @@ class QuantizedRun:
             config_hash=self.config_hash,
             version=kdq_lightning.__version__,
             **self._origin,
-            **{**NOTHING, **measured},
+            **{**FLOAT_ROW, **measured},
         )
 
     @cached_property
     def _origin(self) -> dict[str, Any]:
         """How the weights came about: as their checkpoint says, if they come from one."""
         file = self.checkpoint or Path(self.module.weights or "")
-        plan, epochs = self.module.plan(), None
+        plan, epochs = self.module.resume_requirements(), None
         if file.suffix == ".ckpt":
             checkpoint = read_checkpoint(file)
             plan, epochs = checkpoint["plan"], checkpoint["epoch"] + 1
@@ -275,9 +277,9 @@ class QuantizedRun:
         return {"strategy": plan["strategy"], "seed": plan["seed_everything"], "epochs": epochs}
 
 
-NOTHING = {"solver": "", "codebook": "", "levels": None, "packed_bytes": 0, "relative_error": None, "seconds": None}
+FLOAT_ROW = {"solver": "", "codebook": "", "levels": None, "packed_bytes": 0, "relative_error": None, "seconds": None}
 """What the float network has of the fields that quantization fills."""
 
 
-def _correct(found: Found) -> dict[str, Tensor]:
+def _correct(found: Evaluations) -> dict[str, Tensor]:
     return {split: evaluation.correct for split, evaluation in found.items()}
