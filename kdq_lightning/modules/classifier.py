@@ -16,11 +16,11 @@ from kdq_lightning.data.normalization import Statistics, renormalize
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import cross_entropy
 from kdq_lightning.modules import muon
-from kdq_lightning.modules.epoch import TrainingEpoch
 from kdq_lightning.modules.muon import Muon
 from kdq_lightning.modules.schedule import Cycle, one_cycle
 from kdq_lightning.modules.scores import Scores
 from kdq_lightning.modules.teacher import Teacher
+from kdq_lightning.modules.training_epoch import TrainingEpoch
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.runs.checkpoints import TrainedNetwork, grow_biases, load_state, load_trained, network_state

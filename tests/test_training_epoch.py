@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from kdq_lightning.modules.epoch import TrainingEpoch
+from kdq_lightning.modules.training_epoch import TrainingEpoch
 
 STRATEGY = SingleDeviceStrategy("cpu")
 
