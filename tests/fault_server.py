@@ -15,9 +15,10 @@ import sklearn.datasets  # noqa: F401
 import torch
 import torch.utils.tensorboard
 
-from kdq_lightning import files, interruption
+from kdq_lightning import files
 from kdq_lightning.cli import main
 from kdq_lightning.modules.classifier import Classifier
+from kdq_lightning.training import interruption
 from kdq_lightning.training.post_training import PostTrainingQuantization
 
 

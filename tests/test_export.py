@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kdq_lightning import export
 from kdq_lightning.cli import main
+from kdq_lightning.commands import export
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import Quantized, quantize
 from kdq_lightning.runs.checkpoints import load_trained, packed_metadata

@@ -22,7 +22,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import kdq_lightning.quantization.packing
 import kdq_lightning.runs.records
-from kdq_lightning import post_training
 from kdq_lightning.cli import main
 from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule
 from kdq_lightning.errors import UserError
@@ -33,6 +32,7 @@ from kdq_lightning.quantization.packing import read_metadata
 from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.runs.config_hash import config_hash
 from kdq_lightning.runs.records import Record, read_correct, read_layers, read_records
+from kdq_lightning.training import post_training
 from kdq_lightning.training.callbacks import checkpoint_callbacks
 from kdq_lightning.training.dashboard import Dashboard
 from kdq_lightning.training.post_training import PostTrainingQuantization
@@ -195,7 +195,7 @@ def test_resuming_keeps_the_points(run: Path):
 def kill_at(monkeypatch: pytest.MonkeyPatch, write: int) -> None:
     """Let the process die before its nth write; counted from 0."""
     done = 0
-    real = kdq_lightning.results.write_atomically
+    real = kdq_lightning.runs.records.write_atomically
 
     def counted(path: Path, content: bytes) -> None:
         nonlocal done
@@ -274,7 +274,8 @@ def test_sigkill(command: str, run: Path, widths: list[list[int]]):
             Path("runs/quickstart-quantized/version_0"),
             ["quantize", *QUICK, "--ckpt_path=runs/quickstart"],
         )
-    process = subprocess.run([sys.executable, "-c", DIES_AFTER_PACKING, *arguments], check=False)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    process = subprocess.run([sys.executable, "-c", DIES_AFTER_PACKING, *arguments], env=environment, check=False)
     assert process.returncode == -signal.SIGKILL
     assert [record.bits for record in read_records(folder)] == [2, 32]
     assert main(arguments) == 0
@@ -287,7 +288,7 @@ def test_sigkill(command: str, run: Path, widths: list[list[int]]):
 def test_terminated(run: Path, monkeypatch: pytest.MonkeyPatch):
     """SIGTERM, which Lightning only notes, ends the command with 143 before the next image or layer."""
     forget(run)
-    real = kdq_lightning.results.write_atomically
+    real = kdq_lightning.runs.records.write_atomically
 
     def terminate(path: Path, content: bytes) -> None:
         real(path, content)

@@ -122,8 +122,8 @@ def greedy(targets: Tensor, feedback: Tensor | None, alphabet: Alphabet, noise: 
         near = feedback[:, start:stop, start:stop].triu(1).mT.contiguous()
         blocks = (torch.tensor_split(block, stop - start, 1) for block in (values, near, done))
         steps = zip(*blocks, draws[start:stop], strict=True)
-        for value, feedback, level, draw in steps:
-            value.baddbmm_(feedback, done, alpha=-1)
+        for value, within, level, draw in steps:
+            value.baddbmm_(within, done, alpha=-1)
             alphabet.round(value, draw, out=level)
     return levels
 
