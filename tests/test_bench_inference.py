@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdq_lightning.bench import evaluation
+from kdq_lightning.bench import inference
 from kdq_lightning.bench.measure import Timing
 from kdq_lightning.cli import main
 from kdq_lightning.networks import build_network
@@ -31,7 +31,7 @@ def test_onnxruntime_computes_the_network_in_float32_and_in_int8(caplog, capfd: 
     torch.manual_seed(0)
     network = build_network("resnet8", 10).eval()
     expected = network(IMAGES).detach()
-    exact, int8 = evaluation._onnx_engines(network)
+    exact, int8 = inference._onnx_engines(network)
     torch.testing.assert_close(exact.evaluate(IMAGES), expected, rtol=1e-4, atol=1e-4)
     error = float((int8.evaluate(IMAGES) - expected).norm() / expected.norm())
     assert 1e-3 < error < 0.3
@@ -42,7 +42,7 @@ def test_onnxruntime_computes_the_network_in_float32_and_in_int8(caplog, capfd: 
 
 def test_torch_computes_the_network_and_its_rounded_copy(nothing_installed: None):
     torch.manual_seed(0)
-    engines, absent = evaluation.gather_engines("resnet8", 8)
+    engines, absent = inference.gather_engines("resnet8", 8)
     floating, packed = engines
     difference = (packed.evaluate(IMAGES) - floating.evaluate(IMAGES)).norm() / floating.evaluate(IMAGES).norm()
     assert 1e-4 < float(difference) < 0.1  # 8 bits: nearly, not quite
@@ -70,7 +70,7 @@ def test_rates_count_the_images_that_were_evaluated(nothing_installed: None, wor
             evaluated.append(len(function.args[1]) * function.args[2])
         return seconds
 
-    monkeypatch.setattr(evaluation, "interleaved", timings)
+    monkeypatch.setattr(inference, "interleaved", timings)
     assert main([*COMMAND, "--batch_sizes=[3]", "--images=7", "--json=figures.json"]) == 0
     assert evaluated == [9, 9]  # whole batches
     floating, packed = json.loads(Path("figures.json").read_text())["rates"]
@@ -80,7 +80,7 @@ def test_rates_count_the_images_that_were_evaluated(nothing_installed: None, wor
 
 def test_every_call_is_made():
     seen = []
-    evaluation._repeat(seen.append, IMAGES, 4)
+    inference._repeat(seen.append, IMAGES, 4)
     assert len(seen) == 4
 
 

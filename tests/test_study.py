@@ -24,8 +24,9 @@ from kdq_lightning.networks import build_network
 from kdq_lightning.runs.records import find_records
 from kdq_lightning.study import budget, execution
 from kdq_lightning.study.command import still_to_run
-from kdq_lightning.study.plan import Run, read_plan
+from kdq_lightning.study.plan import read_study
 from kdq_lightning.study.progress import Progress, find_done, format_seconds
+from kdq_lightning.study.run import Run
 from tests.conftest import CONFIGS
 from tests.records import write_run
 
@@ -68,7 +69,7 @@ def write_plan(content: object, name: str = "tiny") -> Path:
 
 
 def test_plan(workspace: Path):
-    runs = read_plan(write_plan(TINY | {"seeds": [0, 7]}), Path("runs"))
+    runs = read_study(write_plan(TINY | {"seeds": [0, 7]}), Path("runs"))
     assert [(run.name, run.seed) for run in runs] == [(n, s) for s in (0, 7) for n in ("teacher", "vanilla")]
     student = runs[3]
     assert student.needs == ("teacher",) and student.folder == Path("runs/tiny/seed7/vanilla")
@@ -85,12 +86,15 @@ def test_plan(workspace: Path):
 def test_a_run_may_have_fewer_seeds(workspace: Path):
     seeds = {"teacher": [0, 7], "vanilla": [7]}
     runs = {name: {**entry, "seeds": seeds[name]} for name, entry in TINY["runs"].items()}
-    plan = read_plan(write_plan(TINY | {"seeds": [0, 7, 8], "runs": runs}), Path("runs"))
+    plan = read_study(write_plan(TINY | {"seeds": [0, 7, 8], "runs": runs}), Path("runs"))
     assert [(run.name, run.seed) for run in plan] == [("teacher", 0), ("teacher", 7), ("vanilla", 7)]
-    for wrong, sentence in (({"teacher": [7], "vanilla": [0]}, "with seed 0"), ({"vanilla": [5]}, r"\[5\], which")):
+    for wrong, sentence in (
+        ({"teacher": [7], "vanilla": [0]}, "with seed 0"),
+        ({"vanilla": [5]}, r"\[5\]: give some of"),
+    ):
         runs = {name: {**entry, "seeds": wrong.get(name, [0])} for name, entry in TINY["runs"].items()}
         with pytest.raises(UserError, match=sentence):
-            read_plan(write_plan(TINY | {"seeds": [0, 7], "runs": runs}), Path("runs"))
+            read_study(write_plan(TINY | {"seeds": [0, 7], "runs": runs}), Path("runs"))
 
 
 def test_public_weights(workspace: Path, capsys: pytest.CaptureFixture[str]):
@@ -98,10 +102,10 @@ def test_public_weights(workspace: Path, capsys: pytest.CaptureFixture[str]):
     weights = {"path": "public.safetensors", "network": "resnet8", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
     runs = {**TINY["runs"], "teacher": {**TINY["runs"]["teacher"], "weights": weights}}
     path = write_plan(TINY | {"seeds": [0, 1], "runs": runs})
-    assert [run.command for run in read_plan(path, Path("runs"))] == ["fit"] * 4
+    assert [run.command for run in read_study(path, Path("runs"))] == ["fit"] * 4
     assert capsys.readouterr().err == "public.safetensors is not there: teacher is trained instead\n"
     save_file(build_network("resnet8", 10).state_dict(), "public.safetensors")
-    plan = read_plan(path, Path("runs"))
+    plan = read_study(path, Path("runs"))
     assert [(run.name, run.command) for run in plan] == [
         ("teacher", "quantize"),
         ("vanilla", "fit"),
@@ -114,25 +118,59 @@ def test_public_weights(workspace: Path, capsys: pytest.CaptureFixture[str]):
     assert model["weights"] == "public.safetensors" and model["weights_std"] == (0.2, 0.2, 0.2)
 
 
+STUDY_KEYS = "its keys are runs (dict), seeds (list[int]), overrides (dict)"
+RUN_KEYS = "its keys are config (str), overrides (dict), seeds (list[int]), quantizes (str), weights (dict)"
+WEIGHTS_KEYS = "its keys are path (str), network (str), mean (three numbers), std (three numbers)"
 BAD = [
-    ("runs: [", "is not valid YAML"),
-    ("seeds: [0]", "lacks runs"),
-    ("runs: {a: {config: teacher_cpu.yaml}}\nbudget: 3", "unknown budget"),
-    ("runs: {a: {config: nothing.yaml}}", "does not exist"),
-    ("runs: {a: {config: teacher_cpu.yaml, epochs: 3}}", "unknown epochs"),
-    ("runs: {a: {config: teacher_cpu.yaml}}\nseeds: 3", "whole numbers"),
-    ("runs: {a: {config: teacher_cpu.yaml, overrides: [x]}}", "options with their values"),
-    ("runs: {a: {config: vanilla_cpu.yaml, overrides: {model.init_args.teacher: '{b}'}}}", "needs {b}"),
-    ("runs: []", "names with a config"),
+    ("runs: [", "is not valid YAML: "),
+    ("[3]", f"the study is not understood: Expected keys with values, got [3]; {STUDY_KEYS}"),
+    ("seeds: [0]", f"the study is not understood: the following arguments are required: runs; {STUDY_KEYS}"),
+    ("runs: {a: {config: teacher_cpu.yaml}}\nbudget: 3", f"Option 'budget' is not accepted; {STUDY_KEYS}"),
+    ("runs: []", 'Parser key "runs": Expected a dict. Got value: []'),
+    ("runs: {}", "the study has no runs: name at least one"),
+    ("runs: {a: {config: teacher_cpu.yaml}}\nseeds: 3", 'Parser key "seeds": Expected a list. Got value: 3'),
+    ("runs: {a: {config: teacher_cpu.yaml}}\nseeds: [1.5]", 'Parser key "seeds": Expected a int. Got value: 1.5'),
+    ("runs: {a: {config: teacher_cpu.yaml}}\nseeds: []", "the study has no seeds: name at least one"),
+    ("runs: {a: {config: teacher_cpu.yaml}}\noverrides: 3", 'Parser key "overrides": Expected a dict'),
+    ("runs: {a: }", f"run a is not understood: Expected keys with values, got None; {RUN_KEYS}"),
+    ("runs: {a: {seeds: [0]}}", f"run a is not understood: the following arguments are required: config; {RUN_KEYS}"),
+    (
+        "runs: {a: {config: teacher_cpu.yaml, epochs: 3}}",
+        f"run a is not understood: Option 'epochs' is not accepted; {RUN_KEYS}",
+    ),
+    ("runs: {a: {config: nothing.yaml}}", "run a names the config nothing.yaml, which does not exist"),
+    ("runs: {a: {config: teacher_cpu.yaml, overrides: [x]}}", 'run a is not understood: Parser key "overrides"'),
+    (
+        "runs: {a: {config: teacher_cpu.yaml, seeds: [0, 5]}}",
+        "run a has the seeds [0, 5]: give some of the study's",
+    ),
+    ("runs: {a: {config: teacher_cpu.yaml, seeds: []}}", "run a has the seeds []: give some of the study's"),
+    (
+        "runs: {a: {config: vanilla_cpu.yaml, overrides: {model.init_args.teacher: '{b}'}}}",
+        "run a needs {b}, and no",
+    ),
+    (
+        "runs: {a: {config: teacher_cpu.yaml, weights: {path: x, network: y, mean: [1, 2, 3]}}}",
+        f"the group weights of run a is not understood: the following arguments are required: std; {WEIGHTS_KEYS}",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("text", "sentence"), BAD, ids=[sentence for _, sentence in BAD])
-def test_bad_plans(text: str, sentence: str, workspace: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(("text", "sentence"), BAD, ids=[text for text, _ in BAD])
+def test_bad_studies(text: str, sentence: str, workspace: Path, capsys: pytest.CaptureFixture[str]):
     path = write_plan({})
     path.write_text(text)
     assert main(["study", str(path)]) == 1
-    assert sentence in capsys.readouterr().err and not Path("runs").exists()
+    error = capsys.readouterr().err
+    assert "tiny.yaml" in error and sentence in error and error.count("\n") == 1 and not Path("runs").exists()
+
+
+def test_overrides_reach_the_command_as_they_are_written(workspace: Path):
+    """jsonargparse would read text such as 007 as a number."""
+    overrides = {"name": "007", "model.init_args.temperature": float("inf"), "quantization.bits": [2], "x": None}
+    path = write_plan({"runs": {"a": {"config": "teacher_cpu.yaml", "overrides": overrides}}})
+    written = ["--name=007", "--model.init_args.temperature=.inf", "--quantization.bits=[2]", "--x=null"]
+    assert read_study(path, Path("runs"))[0].arguments[-4:] == written
 
 
 def test_bad_options(workspace: Path, capsys: pytest.CaptureFixture[str]):
@@ -159,7 +197,7 @@ def test_some_seeds(workspace: Path, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
 def test_shipped_plans(path: Path, workspace: Path):
     """The teacher first, then all strategies; students learn from the teacher of their seed."""
-    runs = read_plan(path, Path("runs"))
+    runs = read_study(path, Path("runs"))
     names = [run.name for run in runs if run.seed == runs[0].seed]
     assert names[:7] == ["teacher", "control", "vanilla", "dml", "dkd", "mixup", "hint"]
     assert len({run.seed for run in runs}) >= 2
@@ -171,7 +209,7 @@ def test_shipped_plans(path: Path, workspace: Path):
 @pytest.mark.parametrize("dataset", ["cpu", "cifar10", "cifar100"])
 def test_who_shares_the_teachers_answers(dataset: str, workspace: Path):
     """Who shows the teacher the same images as vanilla."""
-    runs = read_plan(CONFIGS / f"study_{dataset}.yaml", Path("runs"))
+    runs = read_study(CONFIGS / f"study_{dataset}.yaml", Path("runs"))
     cached = {run.name for run in runs if "--model.init_args.teacher_cache=runs/teacher_logits" in run.arguments}
     assert cached == {"vanilla", "dkd", "hint", "recover_2bit", "recover_3bit", "recover_4bit"}
 
@@ -179,14 +217,14 @@ def test_who_shares_the_teachers_answers(dataset: str, workspace: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
 def test_shipped_plans_are_understood(path: Path, workspace: Path):
-    runs = read_plan(path, Path("runs"))
+    runs = read_study(path, Path("runs"))
     hashes = [read_settings(run.settings_arguments).config_hash for run in runs if run.seed == runs[0].seed]
     assert len(set(hashes)) == len(hashes)
 
 
 def test_done_is_what_has_every_record(workspace: Path):
     """All bit widths and all peers, of this config and seed, wherever they lie."""
-    runs = read_plan(write_plan(TINY), Path("runs"))
+    runs = read_study(write_plan(TINY), Path("runs"))
     assert find_done(runs, []) == {}
     settings = read_settings(runs[0].arguments).config_hash
     folder = Path("elsewhere/any/version_0")
@@ -329,7 +367,7 @@ def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(workspace
     assert newest("control") == "version_0"
     path.write_text(first)  # the first teacher's records are there, its weights are not
     assert left(path) == {"teacher"}
-    assert main(execution.arguments_of(read_plan(path, Path("runs"))[0])) == 0  # and the study is killed
+    assert main(execution.arguments_of(read_study(path, Path("runs"))[0])) == 0  # and the study is killed
     assert left(path) == {"vanilla", "dkd"} and newest("teacher") == "version_2"
 
 
@@ -385,7 +423,7 @@ def test_two_processes_see_their_gpus(workspace: Path, monkeypatch: pytest.Monke
 
 def test_plan_needs_a_readable_file(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be read"):
-        read_plan(tmp_path / "none.yaml", Path("runs"))
+        read_study(tmp_path / "none.yaml", Path("runs"))
 
 
 def test_a_run_is_quantized_in_another_way(workspace: Path, capsys: pytest.CaptureFixture[str]):
@@ -503,7 +541,7 @@ def test_what_recovering_costs(workspace: Path, monkeypatch: pytest.MonkeyPatch)
     recover = {"config": "recover_cpu.yaml", "overrides": {**cached, "model.init_args.packed": "{vanilla}"}}
     runs = {**TINY["runs"], "hint": {"config": "hint_cpu.yaml", "overrides": cached}, "recover_2bit": recover}
     runs["vanilla"] = {"config": "vanilla_cpu.yaml", "overrides": cached}
-    plan = read_plan(write_plan({**TINY, "runs": runs}), Path("runs"))
+    plan = read_study(write_plan({**TINY, "runs": runs}), Path("runs"))
     meter = budget.Meter(plan)
     costs = {run.name: (meter.plan(run).cost, meter._finds_answers(run)) for run in plan}
     evaluated = 0.001 * (len(meter.data(plan[0]).val_index) + len(meter.data(plan[0]).test_set))
@@ -521,9 +559,9 @@ def test_a_plan_knows_every_run(workspace: Path, capsys: pytest.CaptureFixture[s
     planned = {"teacher": {"options": {"trainer.max_epochs": 7}, "minutes": 1.0}}
     Path("runs/tiny/plan.yaml").write_text(yaml.safe_dump({"runs": planned}))
     with pytest.raises(UserError, match="knows nothing of vanilla: delete it"):
-        read_plan(path, Path("runs"))
+        read_study(path, Path("runs"))
     Path("runs/tiny/plan.yaml").write_text(yaml.safe_dump({"runs": {**planned, "vanilla": planned["teacher"]}}))
-    assert all("--trainer.max_epochs=7" in run.arguments for run in read_plan(path, Path("runs")))
+    assert all("--trainer.max_epochs=7" in run.arguments for run in read_study(path, Path("runs")))
 
 
 def test_runs_at_once_wait_for_their_teachers():
@@ -563,7 +601,7 @@ def test_answers_that_are_kept_cost_nothing(workspace: Path):
     cached = {**runs["vanilla"]["overrides"], "model.init_args.teacher_cache": "answers"}
     runs = {"teacher": runs["teacher"], "vanilla": {**runs["vanilla"], "overrides": cached, "seeds": [1]}}
     runs |= {"dkd": {"config": "dkd_cpu.yaml", "overrides": cached}}
-    plan = read_plan(write_plan({**BUDGET, "runs": runs}), Path("runs"))
+    plan = read_study(write_plan({**BUDGET, "runs": runs}), Path("runs"))
     assert [run.label for run in plan] == [
         "teacher, seed 0",
         "dkd, seed 0",

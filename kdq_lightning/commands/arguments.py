@@ -18,13 +18,18 @@ class OneLineErrors(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the sentence and leave."""
-        lines = [line.strip(" -") for line in message.splitlines()]
-        sentence = " ".join(line for line in lines if line and not line.startswith(_NOISE))
+        sentence = one_sentence(message)
         self.exit(2, f"kdq: {sentence}{self.hint(sentence)} (options: {self.prog.replace(' [options]', '')} --help)\n")
 
     def hint(self, sentence: str) -> str:
         """Return what is known beyond jsonargparse's sentence."""
         return ""
+
+
+def one_sentence(message: str) -> str:
+    """Return a message of jsonargparse in one line, without the lines that say nothing to a user."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(_NOISE))
 
 
 def check_class_given(settings: Namespace, name: str, later: Collection[str] = ()) -> None:

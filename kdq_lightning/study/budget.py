@@ -39,7 +39,7 @@ from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import quantize
 from kdq_lightning.runs.checkpoints import load_trained
-from kdq_lightning.study.plan import Run
+from kdq_lightning.study.run import Run
 
 STEPS = 3  # of one measurement, after two that warm up
 IMAGES = 128  # that evaluation is measured on

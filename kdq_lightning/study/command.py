@@ -10,8 +10,9 @@ from kdq_lightning.commands.report import write_report
 from kdq_lightning.errors import UserError
 from kdq_lightning.study.budget import make_plan
 from kdq_lightning.study.execution import execute
-from kdq_lightning.study.plan import PLAN, Run, read_plan
+from kdq_lightning.study.plan import PLAN_FILE, read_study
 from kdq_lightning.study.progress import Progress, find_done
+from kdq_lightning.study.run import Run
 
 ROOT = Path("runs")
 
@@ -32,14 +33,14 @@ def main(args: list[str]) -> int:
         raise UserError(f"--devices must be at least 1, got {options.devices}")
     if options.results is not None and not options.results.is_dir():
         raise UserError(f"--results {options.results} is not a folder: give one that holds run folders")
-    plan = ROOT / options.config.stem / PLAN
-    runs = read_plan(options.config, ROOT)
+    plan = ROOT / options.config.stem / PLAN_FILE
+    runs = read_study(options.config, ROOT)
     chosen = _of_seeds(runs, options.seeds)
     if plan.is_file():
         print(f"epochs as planned in {plan}; delete it to plan anew", file=sys.stderr)
     elif options.budget_minutes is not None:
         make_plan(runs, chosen, options.budget_minutes, options.devices, plan)
-        runs = read_plan(options.config, ROOT)
+        runs = read_study(options.config, ROOT)
         chosen = _of_seeds(runs, options.seeds)
     done = find_done(runs, _places(options.results))
     left = still_to_run(chosen, done)

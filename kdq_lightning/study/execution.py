@@ -13,9 +13,9 @@ import torch
 from kdq_lightning.commands.command_line import read_settings, run_command
 from kdq_lightning.commands.messages import exit_code_of
 from kdq_lightning.runs.config_hash import version_hash
-from kdq_lightning.study.plan import Run
 from kdq_lightning.study.progress import Progress
 from kdq_lightning.study.provenance import is_outdated
+from kdq_lightning.study.run import Run
 
 QUIET = ("--trainer.enable_progress_bar=false",)  # what is printed goes into a log
 

@@ -18,98 +18,79 @@ runs:                                 # in this order; the folder of an earlier 
 """
 
 import re
-import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 
+from kdq_lightning.commands.arguments import one_sentence
+from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError
-from kdq_lightning.runs.checkpoints import FINISHED, versions
+from kdq_lightning.study.run import Run
 
-PLAN = "plan.yaml"  # what `--budget_minutes` has planned, beside the study's runs
+PLAN_FILE = "plan.yaml"  # what `--budget_minutes` has planned, beside the study's runs
 TEACHER = "model.init_args.teacher"
 _REFERENCE = re.compile(r"\{(\w+)\}")
 
+Content = TypeVar("Content")
+
 
 @dataclass(frozen=True)
-class Run:
-    """One run of a study.
+class PublicWeights:
+    """Trained weights that someone else has published, in place of a training.
 
     Attributes:
-        name: In the study's file.
-        seed: Its seed.
-        command: `fit`, or `quantize` for a network that is trained already.
-        options: Of the command, with their dashes.
-        root: Folder of the seed's run folders.
-        needs: Names of the runs of the same seed whose weights it reads.
+        path: Plain state dict, `.safetensors`.
+        network: Its name in `networks.NETWORKS`.
+        mean: Channel means of the inputs that the network was trained on.
+        std: Their channel deviations.
     """
 
-    name: str
-    seed: int
-    command: str
-    options: tuple[str, ...]
-    root: Path
-    needs: tuple[str, ...]
-
-    @property
-    def label(self) -> str:
-        """Name and seed."""
-        return f"{self.name}, seed {self.seed}"
-
-    @property
-    def folder(self) -> Path:
-        """Where its versions lie."""
-        return self.root / (f"{self.name}-quantized" if self.command == "quantize" else self.name)
-
-    @property
-    def log(self) -> Path:
-        """What it printed."""
-        return self.root / f"{self.name}.log"
-
-    @property
-    def arguments(self) -> list[str]:
-        """The command and its options, for `kdq_lightning.cli.main`."""
-        return [self.command, *self.options]
-
-    @property
-    def settings_arguments(self) -> list[str]:
-        """The same as a training, whose settings can be read before any weights are there."""
-        return ["fit", *(option for option in self.options if not option.startswith("--ckpt_path="))]
-
-    @property
-    def line(self) -> str:
-        """The command as one types it."""
-        return shlex.join(["kdq", *self.arguments])
-
-    @property
-    def serves_all_seeds(self) -> bool:
-        """Whether it quantizes public weights, which know no seed."""
-        return self.command == "quantize" and not self.needs
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether its weights are here, for the runs that need them."""
-        return self.command == "quantize" or self.finished is not None
-
-    @property
-    def finished(self) -> Path | None:
-        """The newest finished version, whose weights other runs read."""
-        return next((version for version in reversed(versions(self.folder)) if (version / FINISHED).exists()), None)
-
-    @property
-    def unfinished(self) -> Path | None:
-        """The newest version, if it has a checkpoint to go on from."""
-        newest = next(reversed(versions(self.folder)), None)
-        if self.command != "fit" or newest is None or not (newest / "checkpoints" / "last.ckpt").is_file():
-            return None
-        return newest
+    path: str
+    network: str
+    mean: Statistics
+    std: Statistics
 
 
-def read_plan(path: Path, root: Path) -> list[Run]:
+@dataclass(frozen=True)
+class RunEntry:
+    """What a study's file says of a run.
+
+    Attributes:
+        config: Its config, a path relative to the study's file.
+        overrides: Options in place of the config's; a run's name in braces stands for that run's folder.
+        seeds: Some of the study's seeds; None for all of them.
+        quantizes: Name of an earlier run whose network is quantized again; None for a training.
+        weights: See `PublicWeights`; None if the run is trained.
+    """
+
+    config: str
+    overrides: dict | None = None  # type: ignore[type-arg]  # jsonargparse would parse the values of dict[str, Any]
+    seeds: list[int] | None = None
+    quantizes: str | None = None
+    weights: dict | None = None  # type: ignore[type-arg]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study's file says.
+
+    Attributes:
+        runs: What `RunEntry` describes, by the run's name.
+        seeds: Seeds of every run.
+        overrides: Options of every run, in place of its config's.
+    """
+
+    runs: dict  # type: ignore[type-arg]
+    seeds: list[int] = field(default_factory=lambda: [0])
+    overrides: dict | None = None  # type: ignore[type-arg]
+
+
+def read_study(path: Path, root: Path) -> list[Run]:
     """Read a study's file.
 
     Args:
@@ -122,84 +103,130 @@ def read_plan(path: Path, root: Path) -> list[Run]:
     Raises:
         UserError: If the file is missing or says something that isn't understood.
     """
+    study = _parse(Study, _read_yaml(path), f"{path}: the study")
+    if not study.seeds or not study.runs:
+        raise UserError(f"{path}: the study has no {'runs' if study.seeds else 'seeds'}: name at least one")
+    entries = {str(name): _parse(RunEntry, entry, f"{path}: run {name}") for name, entry in study.runs.items()}
+    weights = {
+        name: _parse(PublicWeights, entry.weights, f"{path}: the group weights of run {name}")
+        for name, entry in entries.items()
+        if entry.weights is not None
+    }
+    for name, entry in entries.items():
+        if entry.seeds == [] or not set(entry.seeds or []) <= set(study.seeds):
+            raise UserError(f"{path}: run {name} has the seeds {entry.seeds}: give some of the study's, {study.seeds}")
+        if not (path.parent / entry.config).is_file():
+            raise UserError(
+                f"{path}: run {name} names the config {path.parent / entry.config}, which does not exist: give a path"
+                " relative to the study's file"
+            )
+    absent = [name for name, given in weights.items() if not Path(given.path).is_file()]
+    present = {name: given for name, given in weights.items() if name not in absent}
+    planned = _read_planned(root / path.stem / PLAN_FILE)
+    if planned and (unplanned := entries.keys() - planned.keys()):
+        raise UserError(
+            f"{root / path.stem / PLAN_FILE} knows nothing of {', '.join(sorted(unplanned))}: delete it, and give"
+            " --budget_minutes again"
+        )
+    options = {
+        name: {**(study.overrides or {}), **(entry.overrides or {}), **planned.get(name, {})}
+        for name, entry in entries.items()
+    }
+    runs: list[Run] = []
+    for seed in dict.fromkeys(study.seeds):
+        chosen = {name: entry for name, entry in entries.items() if entry.seeds is None or seed in entry.seeds}
+        folder = root / path.stem / f"seed{seed}"
+        of_seed = _runs_of_a_seed(path, seed, folder, chosen, options, present)
+        runs += [run for run in of_seed if not runs or not run.serves_all_seeds]
+    for name in absent:
+        print(f"{weights[name].path} is not there: {name} is trained instead", file=sys.stderr)
+    return runs
+
+
+def _read_yaml(path: Path) -> object:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): name a study such as configs/study_cpu.yaml"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML ({error})") from error
-    study = _checked(path, "the study", content, required={"runs"}, optional={"seeds", "overrides"})
-    seeds, entries = _seeds(path, "the study", study, default=[0]), study["runs"]
-    if not isinstance(entries, dict) or not entries:
-        raise UserError(f"{path}: runs must be names with a config each")
-    for name, entry in entries.items():
-        if strange := set(_seeds(path, name, entry, default=seeds)) - set(seeds):
-            raise UserError(f"{path}: run {name} has the seeds {sorted(strange)}, which are not among the study's")
-    everyones = _overrides(path, "the study", study)
-    planned = _read_planned(root / path.stem / PLAN)
-    if planned and (unplanned := entries.keys() - planned.keys()):
-        raise UserError(
-            f"{root / path.stem / PLAN} knows nothing of {', '.join(sorted(unplanned))}: delete it, and give"
-            " --budget_minutes again"
-        )
-    runs = [
-        run
-        for i, seed in enumerate(seeds)
-        for run in _runs_of_a_seed(path, entries, everyones, planned, root / path.stem / f"seed{seed}", seed)
-        if i == 0 or not run.serves_all_seeds
-    ]
-    for name in dict.fromkeys(run.name for run in runs if run.command == "fit" and "weights" in entries[run.name]):
-        print(f"{entries[name]['weights']['path']} is not there: {name} is trained instead", file=sys.stderr)
-    return runs
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _parse(kind: type[Content], content: object, what: str) -> Content:
+    """Return a part of the file as one of the dataclasses above.
+
+    Raises:
+        UserError: If keys are unknown or missing, or a value has another type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    try:
+        if not isinstance(content, dict):
+            raise ArgumentError(None, f"Expected keys with values, got {content!r}")
+        return kind(**vars(parser.parse_object(content)))
+    except ArgumentError as error:
+        sentence = re.sub(r"<class '(\w+)'>", r"\1", one_sentence(error.message)).rstrip(".")
+        known = ", ".join(f"{key} ({_name_of(hint)})" for key, hint in get_type_hints(kind).items())
+        raise UserError(f"{what} is not understood: {sentence}; its keys are {known}") from error
+
+
+def _name_of(hint: object) -> str:
+    """Return what an error calls the type of a key: str, list[int], dict, three numbers."""
+    if hint == Statistics:
+        return "three numbers"
+    return getattr(hint, "__name__", "") if isinstance(hint, type) else str(hint).removesuffix(" | None")
 
 
 def _runs_of_a_seed(
     path: Path,
-    entries: Mapping[str, Any],
-    everyones: Mapping[str, Any],
-    planned: Mapping[str, Mapping[str, Any]],
-    root: Path,
     seed: int,
+    root: Path,
+    entries: Mapping[str, RunEntry],
+    options: Mapping[str, Mapping[str, Any]],
+    weights: Mapping[str, PublicWeights],
 ) -> list[Run]:
+    """Return the runs of a seed, in the file's order.
+
+    Args:
+        path: The study's file.
+        seed: The seed.
+        root: Folder of the seed's run folders.
+        entries: What the file says of each run of the seed.
+        options: The options of each run, with names in braces.
+        weights: Public weights that are there, by the name of the run that they replace.
+
+    Raises:
+        UserError: If a run needs another that doesn't stand before it.
+    """
     runs: list[Run] = []
-    public: dict[str, Mapping[str, Any]] = {}  # weights that exist already, by run
-    places: dict[str, str] = {}
-    for name, content in entries.items():
-        entry = _checked(
-            path, name, content, required={"config"}, optional={"overrides", "quantizes", "seeds", "weights"}
-        )
-        weights = _public_weights(path, name, entry)
-        if seed not in _seeds(path, name, entry, default=[seed]) and not weights:
-            continue
-        config = path.parent / str(entry["config"])
-        if not config.is_file():
-            raise UserError(f"{path}: run {name} names the config {config}, which does not exist")
-        overrides = {**everyones, **_overrides(path, name, entry), **planned.get(name, {})}
-        named = dict.fromkeys(_REFERENCE.findall(str(list(overrides.values()))))
-        if quantized := entry.get("quantizes"):
-            named[str(quantized)] = None
+    places: dict[str, str] = {}  # where the weights of each run lie
+    for name, entry in entries.items():
+        own = dict(options[name])
+        named = dict.fromkeys(_REFERENCE.findall(str(list(own.values()))))
+        if entry.quantizes is not None:
+            named[entry.quantizes] = None
         if missing := [needed for needed in named if needed not in places]:
             raise UserError(
                 f"{path}: run {name} needs {{{missing[0]}}}, and no run of that name stands before it with seed {seed}"
             )
-        if weights:
-            public[name] = weights
-            overrides |= {"model.init_args.weights": weights["path"], **_statistics("weights", weights)}
-        taught_by = _REFERENCE.fullmatch(str(overrides.get(TEACHER, "")))
-        if taught_by and (teacher := public.get(taught_by[1])):
-            overrides |= {f"{TEACHER}_network": teacher["network"], **_statistics("teacher", teacher)}
-        options = [
-            *("--config", str(config), "--name", str(name), "--seed_everything", str(seed)),
+        if name in weights:
+            own |= {"model.init_args.weights": weights[name].path, **_statistics("weights", weights[name])}
+        taught_by = _REFERENCE.fullmatch(str(own.get(TEACHER, "")))
+        if taught_by and (teacher := weights.get(taught_by[1])):
+            own |= {f"{TEACHER}_network": teacher.network, **_statistics("teacher", teacher)}
+        arguments = [
+            *("--config", str(path.parent / entry.config), "--name", name, "--seed_everything", str(seed)),
             *("--trainer.default_root_dir", str(root)),
-            *(f"--{key}={_as_text(value, places)}" for key, value in overrides.items()),
+            *(f"--{key}={_as_text(value, places)}" for key, value in own.items()),
         ]
-        if quantized:
-            options.append(f"--ckpt_path={places.get(str(quantized))}")
-        needs = tuple(needed for needed in named if needed not in public)
-        run = Run(str(name), seed, "quantize" if weights or quantized else "fit", tuple(options), root, needs)
-        places[name] = str(weights["path"] if weights else run.folder)
+        if entry.quantizes is not None:
+            arguments.append(f"--ckpt_path={places[entry.quantizes]}")
+        needs = tuple(needed for needed in named if needed not in weights)
+        command = "quantize" if name in weights or entry.quantizes is not None else "fit"
+        run = Run(name, seed, command, tuple(arguments), root, needs)
+        places[name] = weights[name].path if name in weights else str(run.folder)
         runs.append(run)
     return runs
 
@@ -215,24 +242,9 @@ def _read_planned(path: Path) -> dict[str, Mapping[str, Any]]:
         raise UserError(f"{path} is not a plan ({error}): delete it, and give --budget_minutes again") from error
 
 
-def _seeds(path: Path, what: str, entry: object, default: list[int]) -> list[int]:
-    seeds = entry.get("seeds", default) if isinstance(entry, dict) else default
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise UserError(f"{path}: seeds of {what} must be a list of whole numbers, got {seeds}")
-    return list(dict.fromkeys(seeds))
-
-
-def _public_weights(path: Path, name: str, entry: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what is said of weights that exist already; None if nothing is, or their file isn't there."""
-    if "weights" not in entry:
-        return None
-    required = {"path", "network", "mean", "std"}
-    weights = _checked(path, f"weights of {name}", entry["weights"], required=required, optional=set())
-    return weights if Path(weights["path"]).is_file() else None
-
-
-def _statistics(option: str, weights: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"model.init_args.{option}_{key}": weights[key] for key in ("mean", "std")}
+def _statistics(option: str, weights: PublicWeights) -> dict[str, Any]:
+    """Return the options that say what inputs published weights expect."""
+    return {f"model.init_args.{option}_mean": list(weights.mean), f"model.init_args.{option}_std": list(weights.std)}
 
 
 def _as_text(value: object, places: Mapping[str, str]) -> str:
@@ -240,24 +252,3 @@ def _as_text(value: object, places: Mapping[str, str]) -> str:
     if isinstance(value, str):
         return _REFERENCE.sub(lambda match: places[match[1]], value)
     return str(yaml.safe_dump(value, default_flow_style=True, width=10**6)).removesuffix("\n").removesuffix("\n...")
-
-
-def _overrides(path: Path, what: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    overrides = entry.get("overrides") or {}
-    if not isinstance(overrides, dict):
-        raise UserError(f"{path}: overrides of {what} must be options with their values, got {overrides}")
-    return {str(key): value for key, value in overrides.items()}
-
-
-def _checked(path: Path, what: str, content: object, required: set[str], optional: set[str]) -> dict[str, Any]:
-    """Return a mapping with known keys alone."""
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: {what} must have the keys {', '.join(sorted(required | optional))}")
-    if missing := required - content.keys():
-        raise UserError(f"{path}: {what} lacks {', '.join(sorted(missing))}")
-    if unknown := content.keys() - required - optional:
-        raise UserError(
-            f"{path}: {what} has the unknown {', '.join(sorted(map(str, unknown)))}; known are"
-            f" {', '.join(sorted(required | optional))}"
-        )
-    return content

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from kdq_lightning.commands.command_line import read_settings
 from kdq_lightning.runs.records import FLOAT_BITS, Record, find_records
-from kdq_lightning.study.plan import Run
 from kdq_lightning.study.provenance import is_outdated
+from kdq_lightning.study.run import Run
 
 
 def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Path]]:

@@ -10,7 +10,7 @@ from kdq_lightning.bench.measure import hardware, print_table
 from kdq_lightning.bench.subjects import run_subject, subject_parser
 from kdq_lightning.errors import UserError
 from kdq_lightning.study.budget import Meter
-from kdq_lightning.study.plan import Run
+from kdq_lightning.study.run import Run
 
 
 def main(args: list[str]) -> int:

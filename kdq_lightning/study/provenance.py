@@ -8,7 +8,7 @@ from kdq_lightning.files import file_digest
 from kdq_lightning.modules.recover import find_packed
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.runs.checkpoints import find_checkpoint, load_trained, read_checkpoint
-from kdq_lightning.study.plan import Run
+from kdq_lightning.study.run import Run
 
 
 def is_outdated(run: Run, version: Path) -> bool:

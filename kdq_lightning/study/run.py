@@ -1,0 +1,81 @@
+"""A run of a study: its command, the folder of its versions, and how far it has come."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdq_lightning.runs.checkpoints import FINISHED, versions
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study.
+
+    Attributes:
+        name: Its name in the study's file.
+        seed: Its seed.
+        command: `fit`, or `quantize` for a network that is trained already.
+        options: The command's options, with their dashes.
+        root: Folder of the seed's run folders.
+        needs: Names of the runs of the same seed whose weights this run reads.
+    """
+
+    name: str
+    seed: int
+    command: str
+    options: tuple[str, ...]
+    root: Path
+    needs: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """Name and seed, for people."""
+        return f"{self.name}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run's versions."""
+        return self.root / (f"{self.name}-quantized" if self.command == "quantize" else self.name)
+
+    @property
+    def log(self) -> Path:
+        """File that gets what the run prints."""
+        return self.root / f"{self.name}.log"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command and its options, for `kdq_lightning.cli.main`."""
+        return [self.command, *self.options]
+
+    @property
+    def settings_arguments(self) -> list[str]:
+        """Arguments of a training with the same settings, which can be read before any weights exist."""
+        return ["fit", *(option for option in self.options if not option.startswith("--ckpt_path="))]
+
+    @property
+    def line(self) -> str:
+        """The command as one types it in a shell."""
+        return shlex.join(["kdq", *self.arguments])
+
+    @property
+    def serves_all_seeds(self) -> bool:
+        """Whether the run quantizes public weights, which are the same for every seed."""
+        return self.command == "quantize" and not self.needs
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the weights that other runs read from this run exist."""
+        return self.command == "quantize" or self.finished is not None
+
+    @property
+    def finished(self) -> Path | None:
+        """The newest finished version, whose weights other runs read; None if there is none."""
+        return next((version for version in reversed(versions(self.folder)) if (version / FINISHED).exists()), None)
+
+    @property
+    def unfinished(self) -> Path | None:
+        """The newest version, if training can go on from its checkpoint; else None."""
+        newest = next(reversed(versions(self.folder)), None)
+        if self.command != "fit" or newest is None or not (newest / "checkpoints" / "last.ckpt").is_file():
+            return None
+        return newest
