@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "kdq_lightning"
+BREAKABLE = ["tests/test_losses.py", "tests/test_modules.py"]  # the tests that must notice
 
 LOSSES = "losses.py"
 MUTATIONS = {
@@ -54,9 +56,9 @@ MUTATIONS = {
         "(1 - self.label_weight) * ce + self.label_weight * kd",
     ),
     "hint loss not halved": (LOSSES, "_exact(teacher_features)) / 2", "_exact(teacher_features))"),
-    "teacher in train mode": ("modules/distillation.py", "network.eval()", "network.train()"),
+    "teacher in train mode": ("modules/teacher.py", "network.eval()", "network.train()"),
     "teacher fed the student's statistics": (
-        "modules/distillation.py",
+        "modules/teacher.py",
         "self.network(renormalize(images, mean, std, self.mean, self.std))",
         "self.network(images)",
     ),
@@ -65,23 +67,35 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MUTATIONS if name != "none"])
+def test_every_error_still_finds_its_place(name: str):
+    """The text that an error replaces stands once in its file, so that moved code can't disarm the error unseen."""
+    file, right, wrong = MUTATIONS[name]
+    path = ROOT / PACKAGE / file
+    assert path.is_file(), f"{file} has moved: mend the mutation {name!r}"
+    assert path.read_text().count(right) == 1 and right != wrong, f"{file} has changed: mend the mutation {name!r}"
+
+
+@pytest.mark.slow(seconds=25)
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_error_breaks_a_test(name: str, tmp_path: Path):
+    """Without an error the tests pass; with one of them a test fails, and not because a file can't be imported."""
     file, right, wrong = MUTATIONS[name]
-    shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".git", "runs", "data", "*cache*"))
-    shutil.copytree(ROOT / "kdq_lightning" / "data", tmp_path / "copy/kdq_lightning/data", dirs_exist_ok=True)
-    target = tmp_path / "copy" / "kdq_lightning" / file
+    copy = tmp_path / "copy"
+    unneeded = shutil.ignore_patterns("__pycache__", "fixtures")
+    for folder in (PACKAGE, "tests", "configs"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=unneeded)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    target = copy / PACKAGE / file
     code = target.read_text()
-    assert code.count(right) >= 1, f"{file} has changed: mend this mutation"
     target.write_text(code.replace(right, wrong) if right else code)
-    tests = ["tests/test_losses.py", "tests/test_modules.py"]
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
-        cwd=tmp_path / "copy",
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "copy")},
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *BREAKABLE],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert found.returncode == (0 if name == "none" else 1), found.stdout[-2000:]
+    assert ("FAILED tests/" in found.stdout) == (name != "none"), found.stdout[-2000:]
