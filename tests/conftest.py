@@ -4,12 +4,15 @@ import importlib.util
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch; the tests' own processes inherit it
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from kdq_lightning.cli import main
+from tests.slow_parts import read_part, share_out
 
 torch.set_num_threads(1)
 
@@ -83,6 +86,33 @@ def real_images():
     return read
 
 
-def pytest_collection_modifyitems(items):
-    """Fork first: torch refuses that in a process whose autograd has threads, and exporting to ONNX starts them."""
-    items.sort(key=lambda item: item.path.name != "test_distributed.py")
+# A worker of pytest-xdist gets whole files, in this order. torch refuses to fork a process whose autograd has threads,
+# and exporting to ONNX starts them: who forks is first. The longest files follow, so that all workers end together.
+FIRST = ("test_distributed.py", "test_study.py", "test_cli.py", "test_post_training.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many processes share the tests: one a core, four at most, and only this one for a chosen few tests."""
+    if config.option.file_or_dir or config.option.keyword:
+        return 0  # a second process that imports torch costs more than it saves
+    return min(len(os.sched_getaffinity(0)), 4)
+
+
+def pytest_report_header() -> str | None:
+    """Say which of the slow tests are run."""
+    part = os.environ.get("KDQ_SLOW_PART")
+    return f"slow tests: part {part}" if part else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the files in order, and leave the slow tests out that are not in the part KDQ_SLOW_PART, such as 2/6."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+    if "KDQ_SLOW_PART" not in os.environ:
+        return
+    part, parts = read_part(os.environ["KDQ_SLOW_PART"])
+    marks = {item.nodeid: mark for item in items if (mark := item.get_closest_marker("slow"))}
+    seconds = {name: mark.kwargs.get("seconds", 20) for name, mark in marks.items()}
+    others = seconds.keys() - set(share_out(seconds, parts)[part - 1])
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in others])
+    items[:] = [item for item in items if item.nodeid not in others]
