@@ -4,6 +4,8 @@ import json
 import math
 import resource
 import signal
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,18 @@ from torch import Tensor, nn
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
+from kdq_lightning.quantization import packing
 from kdq_lightning.quantization.bitstream import pack_codes, packed_size, unpack_codes, word_layout
 from kdq_lightning.quantization.codebooks import CODEBOOKS, QuantizedWeight, grid
-from kdq_lightning.quantization.packing import is_packed, load_packed, packed_bytes, read_metadata, save_packed, unpack
+from kdq_lightning.quantization.packing import (
+    is_packed,
+    load_packed,
+    packed_bytes,
+    read_metadata,
+    read_weights,
+    save_packed,
+    unpack,
+)
 
 
 def random_weight(shape, codebook="int", bits=2, per_channel=True, seed=0) -> QuantizedWeight:
@@ -148,15 +159,30 @@ def test_equal_networks_give_equal_files(tmp_path):
     assert read_metadata(tmp_path / "a") == metadata
 
 
-def test_a_grid_that_the_codebook_does_not_tell_is_stored(tmp_path):
+def test_levels_that_the_codebook_does_not_have_are_not_written(tmp_path):
     network, weights = quantized(small_network(), codebook="int", bits=3)
-    plain_bytes = packed_bytes(weights["0"])
-    own = torch.tensor([-3.0, -1.5, -0.5, 0.0, 0.25, 1.0, 2.0, 5.0])
-    weights["0"] = QuantizedWeight(weights["0"].codes, own, weights["0"].scale, "int", 3)
-    network[0].weight = nn.Parameter(weights["0"].dequantize())
-    assert packed_bytes(weights["0"]) == plain_bytes + 32
+    weights["0"] = replace(weights["0"], codebook="narrow")
+    with pytest.raises(UserError, match="levels of layer 0 are not those of codebook 'narrow'"):
+        save_packed(tmp_path / "a", network, weights, {})
+
+
+def test_a_file_that_holds_its_own_levels_is_read(tmp_path):
+    """The format allows them after a layer's scales, though nothing writes them."""
+    network, weights = quantized(nn.Sequential(nn.Linear(6, 4, bias=False)), gained_bias=False, codebook="int", bits=3)
     save_packed(tmp_path / "a", network, weights, {})
-    assert torch.equal(load_packed(tmp_path / "a", small_network())(images()), network(images()))
+    own = torch.tensor([-3.0, -1.5, -0.5, 0.0, 0.25, 1.0, 2.0, 5.0])
+    with safetensors.safe_open(tmp_path / "a", framework="pt") as file:
+        header = json.loads(file.metadata()["kdq_packed"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    layout = json.loads(zlib.decompress(tensors[".layout"].numpy().tobytes()))
+    layout["layers"]["0"][-1] = True
+    tensors[".layout"] = torch.frombuffer(bytearray(zlib.compress(json.dumps(layout).encode())), dtype=torch.uint8)
+    tensors[".floats"] = torch.cat([tensors[".floats"], own])
+    header["checksum"] = packing._checksum({}, tensors)
+    safetensors.torch.save_file(tensors, tmp_path / "a", {"kdq_packed": json.dumps(header)})
+    loaded = load_packed(tmp_path / "a", nn.Sequential(nn.Linear(6, 4, bias=False)))
+    assert torch.equal(loaded[0].weight, replace(weights["0"], grid=own).dequantize())
+    assert torch.equal(read_weights(tmp_path / "a")["0"].grid, own)
 
 
 def test_layers_left_float_other_types_and_plain_tensors_are_kept(tmp_path):

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kdq_lightning.quantization.codebooks import CODEBOOKS, Alphabet
 from kdq_lightning.quantization.gram import Gram
-from kdq_lightning.quantization.recipes import SOLVERS, Recipe
-from kdq_lightning.quantization.solvers import coordinate_descent, greedy, match_moments, recursion, solve
+from kdq_lightning.quantization.recipes import Recipe
+from kdq_lightning.quantization.solution import coordinate_descent, greedy, match_moments, solve
+from kdq_lightning.quantization.solvers import SOLVERS
 
 ROWS, SIZE, NEURONS = 200, 70, 6  # more columns than one block of feedback
 
@@ -70,22 +71,21 @@ def test_least_squares_solvers_are_the_greedy_optimum(data, solver):
     if solver == "qronos":
         rest = x @ weight - x_quantized[:, 1:] @ weight[1:]
         first = x_quantized[:, 0] @ rest / A[0, 0] / scale
-    targets, feedback = recursion(gram, weight[None], Recipe(3, solver))
+    targets, feedback = SOLVERS[solver].recursion(gram, weight[None])
     levels = greedy(targets / scale, feedback, alphabet)[0]
     assert torch.equal(levels, quadratic_greedy(H, v / scale, alphabet, first))
 
 
-@pytest.mark.parametrize("official", [True, False])
-def test_gpfq_is_the_recursion_on_the_data(data, official):
+def test_gpfq_is_the_recursion_on_the_data(data):
     x, x_quantized, weight = data
     alphabet, scale = Alphabet("paper", 3), 0.5
-    targets, feedback = recursion(gram_of(*data), weight[None], Recipe(3, "gpfq", official=official))
+    targets, feedback = SOLVERS["gpfq"].recursion(gram_of(*data), weight[None])
     levels = greedy(targets / scale, feedback, alphabet)[0]
     u = torch.zeros(ROWS, NEURONS, dtype=torch.float64)
     for t in range(SIZE):
         u += x[:, t, None] * weight[t]
         norm = x_quantized[:, t].square().sum()
-        value = x_quantized[:, t] @ u / norm if norm else (0 * weight[t] if official else weight[t])
+        value = x_quantized[:, t] @ u / norm if norm else weight[t]
         assert torch.equal(levels[t], alphabet.round(value / scale))
         u -= x_quantized[:, t, None] * levels[t] * scale
 

@@ -1,5 +1,10 @@
-"""Alphabets: a codebook and a bit width give the levels that a weight may take, in units of its scale."""
+"""Codebooks: the levels that a weight may take at each bit width, in units of its scale.
 
+Three words are kept apart: a *level* is a value in units of the scale; the *grid* is the ascending list of a codebook's
+levels; a *code* is the index of a level in it. weight = scale · level = scale · grid[code].
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,19 +14,17 @@ from torch import Tensor
 
 from kdq_lightning.errors import UserError
 
-CODEBOOKS = ("paper", "int", "signed", "midrise", "narrow", "soft", "hard")
-
 THRESHOLD = 0.1
-"""λ of the sparse alphabets, as a fraction of the range C·mean max|w| that the levels cover."""
+"""λ of the sparse codebooks, as a fraction of the range C·mean max|w| that the levels cover."""
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """The weight of one layer as integers: level `grid[code]` times the scale of its layer or output channel.
+    """The weight of one layer as integer codes: scale · grid[code] is the weight.
 
     Attributes:
         codes: int16, shape of the weight, indices in [0, levels).
-        grid: (levels,) float32, ascending, the unscaled level of each index.
+        grid: (levels,) float32, ascending, the level of each code.
         scale: float32, (out_channels,) or (1,); may be negative for codebook `signed`.
         codebook: One of `CODEBOOKS`.
         bits: Nominal bit width, 1 to 8.
@@ -41,7 +44,11 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class Alphabet:
-    """Rounds to the levels of a codebook; values and levels are in units of the scale.
+    """The levels of a codebook at one bit width, and rounding to them; values and levels are in units of the scale.
+
+    Attributes:
+        codebook: A key of `CODEBOOKS`.
+        bits: 1 to 8.
 
     Raises:
         UserError: From `grid`, when the levels are first needed.
@@ -56,12 +63,13 @@ class Alphabet:
         return grid(self.codebook, self.bits)
 
     @cached_property
-    def _offset(self) -> float:
-        return 0.5 if self.codebook == "midrise" else 0.0
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest level."""
+        return float(self.grid[0]), float(self.grid[-1])
 
     @cached_property
-    def _range(self) -> tuple[float, float]:
-        return float(self.grid[0]), float(self.grid[-1])
+    def _rounding(self) -> "Rounding":
+        return CODEBOOKS[self.codebook].rounding
 
     def round(self, values: Tensor, noise: Tensor | float = 0.5, *, out: Tensor | None = None) -> Tensor:
         """Return the level that each value rounds to, same shape and dtype.
@@ -72,45 +80,38 @@ class Alphabet:
                 with probability by distance.
             out: Where to put the levels; None makes room for them.
         """
-        if self.codebook == "hard":
-            threshold = hard_threshold(self.bits)
-            steps = (values.abs() - threshold + noise).floor_().clamp_(0, 2 ** (self.bits - 1))
-            return torch.mul((steps + threshold) * values.sign(), values.abs() > threshold, out=out)
-        if self.codebook == "soft":
-            values = F.softshrink(values, soft_threshold(self.bits))
-        levels = torch.add(values, noise - self._offset, out=out).floor_()
-        if self._offset:
-            levels += self._offset
-        return levels.clamp_(*self._range)
+        return self._rounding(self, values, noise, out)
 
     def encode(self, levels: Tensor) -> Tensor:
-        """Return the int16 index in `grid` of each level."""
+        """Return the code of each level, int16 in the shape given."""
         middles = (self.grid[1:] + self.grid[:-1]) / 2
         return torch.bucketize(levels.contiguous(), middles.to(levels)).to(torch.int16)
 
 
-def grid(codebook: str, bits: int) -> Tensor:
-    """Return the unscaled levels of a codebook at a bit width, (levels,) float32 ascending.
+Rounding = Callable[[Alphabet, Tensor, Tensor | float, Tensor | None], Tensor]
+"""What `Alphabet.round` does: takes the alphabet, values, noise and `out`, and returns the levels."""
 
-    With K = 2^(bits-1): `paper` and `soft` {-K..K}, `int` and `signed` {-K..K-1}, `narrow` {1-K..K-1},
-    `midrise` ±(k + 1/2) for k < K, `hard` {0} and ±(λ + k) for k <= K.
 
-    Raises:
-        UserError: If the codebook is unknown, bits is outside 1 to 8, or one level alone would be left.
-    """
-    if codebook not in CODEBOOKS:
-        raise UserError(f"unknown codebook {codebook!r}: choose one of {', '.join(CODEBOOKS)}")
-    if not 1 <= bits <= 8:
-        raise UserError(f"bits must be between 1 and 8, got {bits}")
-    half = 2 ** (bits - 1)
-    if codebook == "narrow" and half == 1:
-        raise UserError("codebook 'narrow' has a single level at 1 bit: use 2 bits or more, or another codebook")
-    if codebook == "hard":
-        positive = hard_threshold(bits) + torch.arange(half + 1)
-        return torch.cat([-positive.flip(0), torch.zeros(1), positive])
-    low = {"narrow": 1 - half, "midrise": 0.5 - half}.get(codebook, -half)
-    high = {"paper": half, "soft": half, "midrise": half - 0.5}.get(codebook, half - 1)
-    return torch.arange(low, high + 1, dtype=torch.float32)
+def round_evenly(alphabet: Alphabet, values: Tensor, noise: Tensor | float, out: Tensor | None) -> Tensor:
+    """Round to levels that are one step apart: ⌊x + noise⌋, shifted to where the levels lie, clipped to their range."""
+    low, high = alphabet.range
+    offset = low % 1
+    levels = torch.add(values, noise - offset, out=out).floor_()
+    if offset:
+        levels += offset
+    return levels.clamp_(low, high)
+
+
+def round_soft(alphabet: Alphabet, values: Tensor, noise: Tensor | float, out: Tensor | None) -> Tensor:
+    """Round sign(x)·max(|x| - λ, 0)."""
+    return round_evenly(alphabet, F.softshrink(values, soft_threshold(alphabet.bits)), noise, out)
+
+
+def round_hard(alphabet: Alphabet, values: Tensor, noise: Tensor | float, out: Tensor | None) -> Tensor:
+    """Round |x| <= λ to 0, and what |x| has above λ to whole steps."""
+    threshold = hard_threshold(alphabet.bits)
+    steps = (values.abs() - threshold + noise).floor_().clamp_(0, 2 ** (alphabet.bits - 1))
+    return torch.mul((steps + threshold) * values.sign(), values.abs() > threshold, out=out)
 
 
 def hard_threshold(bits: int) -> float:
@@ -121,3 +122,59 @@ def hard_threshold(bits: int) -> float:
 def soft_threshold(bits: int) -> float:
     """Return λ/δ of `soft`, where δ = range/K and λ = THRESHOLD·range."""
     return float(2 ** (bits - 1)) * THRESHOLD
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """How a codebook is made; an entry of `CODEBOOKS` is all that the engine needs to know of it.
+
+    Attributes:
+        levels: Takes K = 2^(bits-1) and returns the levels in units of the scale, (levels,) float32, ascending.
+        rounding: See `Rounding`.
+        signed_scale: Whether the scale of a channel may be negative.
+        range_factor: The published scale of a layer makes K steps reach to this many times C·mean max|w|.
+    """
+
+    levels: Callable[[int], Tensor]
+    rounding: Rounding = round_evenly
+    signed_scale: bool = False
+    range_factor: float = 1.0
+
+
+def evenly(low: float, high: float) -> Tensor:
+    """Return low, low + 1, ..., high as float32."""
+    return torch.arange(low, high + 1, dtype=torch.float32)
+
+
+def hard_levels(half: int) -> Tensor:
+    """Return 0 and ±(λ + k) for k <= K."""
+    positive = hard_threshold(half.bit_length()) + torch.arange(half + 1)
+    return torch.cat([-positive.flip(0), torch.zeros(1), positive])
+
+
+CODEBOOKS: dict[str, Codebook] = {
+    "paper": Codebook(lambda half: evenly(-half, half)),
+    "int": Codebook(lambda half: evenly(-half, half - 1)),
+    "signed": Codebook(lambda half: evenly(-half, half - 1), signed_scale=True),
+    "midrise": Codebook(lambda half: evenly(0.5 - half, half - 0.5)),
+    "narrow": Codebook(lambda half: evenly(1 - half, half - 1)),
+    "soft": Codebook(lambda half: evenly(-half, half), round_soft),
+    "hard": Codebook(hard_levels, round_hard, range_factor=1 - THRESHOLD),
+}
+"""The codebooks by name; add an entry, and it can be quantized with, packed and loaded."""
+
+
+def grid(codebook: str, bits: int) -> Tensor:
+    """Return the levels of a codebook at a bit width, (levels,) float32, ascending.
+
+    Raises:
+        UserError: If the codebook is unknown, bits is outside 1 to 8, or one level alone would be left.
+    """
+    if codebook not in CODEBOOKS:
+        raise UserError(f"unknown codebook {codebook!r}: choose one of {', '.join(CODEBOOKS)}")
+    if not 1 <= bits <= 8:
+        raise UserError(f"bits must be between 1 and 8, got {bits}")
+    levels = CODEBOOKS[codebook].levels(2 ** (bits - 1))
+    if len(levels) < 2:
+        raise UserError(f"codebook {codebook!r} has a single level at {bits} bit: use more bits or another codebook")
+    return levels

@@ -1,4 +1,4 @@
-"""Forwards of one network on many small batches, all paused at the same layer until it can answer.
+"""Forwards of one network on many small batches, all paused at the same layer until that layer is solved.
 
 A layer is solved on all calibration images at once, but the network runs fastest, and in least memory, on few of them
 at a time. So each small batch has a forward of its own, a coroutine that hands over its inputs wherever it comes to a
@@ -64,7 +64,7 @@ class Forwards:
         """What the layer is given, by part and stream."""
         return [[call.inputs for call in calls] for calls in self._calls]
 
-    def answer(self, layers: Sequence[nn.Module]) -> None:
+    def resume(self, layers: Sequence[nn.Module]) -> None:
         """Give each stream the outputs of its own layer, and run on to the next one."""
         for forwards, calls in zip(self._forwards, self._calls, strict=True):
             for i, (forward, layer) in enumerate(zip(forwards, layers, strict=True)):

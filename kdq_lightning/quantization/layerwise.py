@@ -24,7 +24,8 @@ from kdq_lightning.quantization.forwards import Forwards, part_images
 from kdq_lightning.quantization.gram import Gram, Layer, Patches, collect, columns, layers_of
 from kdq_lightning.quantization.packing import packed_bytes
 from kdq_lightning.quantization.recipes import Recipe
-from kdq_lightning.quantization.solvers import Solution, solve
+from kdq_lightning.quantization.solution import Solution, solve
+from kdq_lightning.quantization.solvers import SOLVERS
 
 ROWS_PER_COLUMN = 4  # fewer rows a column overfit, refinement first
 FEW_ROWS_PER_COLUMN = 2
@@ -124,7 +125,7 @@ class Walk:
                 self._repeated.add(name)
             else:
                 self._solve(name, layers[name], forwards.inputs)
-            forwards.answer([layers[name], *(layers[name] for layers in self._layers)])
+            forwards.resume([layers[name], *(layers[name] for layers in self._layers)])
         for reports in self.reports:
             for i, entry in enumerate(reports):
                 if entry.name in self._repeated:
@@ -167,7 +168,7 @@ class Walk:
         index = len(self.weights[0])
         replacement = recipe.official and not isinstance(patches.layer, nn.Linear)
         chosen = draw_positions(calibration.seed, index, numbers, draws, positions, replacement=replacement)
-        cross = [recipe.solver == "gpfq" for recipe in self.recipes]
+        cross = [SOLVERS[recipe.solver].needs_cross for recipe in self.recipes]
         return collect(patches, parts, chosen.to(inputs.device), first_sample=first, cross=cross)
 
     def _draws(self, patches: Patches, positions: int, samples: int) -> int:

@@ -1,10 +1,10 @@
 """Quantized networks as real low-bit files: everything that inference needs, and hardly a byte more.
 
 A packed file is a safetensors file of three tensors: `.codes` (uint8, the bit-packed codes of all layers in turn),
-`.floats` (float32: per layer its scales and, where the codebook's name doesn't give it, its grid; then biases,
-normalisation and layers left float) and `.layout` (uint8, compressed JSON: what lies where). Tensors of any other type
-lie beside them under their own names, which never start with a dot. A tensor for each bias would be simpler, but its
-header entry takes more bytes than the bias: the header of a 2-bit ResNet-20 would be a tenth of the file.
+`.floats` (float32: per layer its scales; then biases, normalisation and layers left float) and `.layout` (uint8,
+compressed JSON: what lies where). Tensors of any other type lie beside them under their own names, which never start
+with a dot. A tensor for each bias would be simpler, but its header entry takes more bytes than the bias: the header of
+a 2-bit ResNet-20 would be a tenth of the file.
 """
 
 import hashlib
@@ -29,7 +29,17 @@ _VERSION = 1
 
 
 class _Layer(NamedTuple):
-    """What the header says of a quantized layer, in the order of its JSON list."""
+    """What the header says of a quantized layer, in the order of its JSON list.
+
+    Attributes:
+        codebook: Its name.
+        bits: Nominal bit width.
+        levels: Number of levels.
+        shape: Of the weight.
+        scales: Number of scales: 1, or one a channel.
+        own_grid: Whether the levels follow the scales in `.floats`. The format allows it; codebooks give the levels of
+            all files that are written now.
+    """
 
     codebook: str
     bits: int
@@ -59,7 +69,7 @@ def save_packed(
     own, aliases = _unique_state(model, first={f"{name}.weight" for name in weights})
     weights = {name: weight for name, weight in weights.items() if own.pop(f"{name}.weight", None) is not None}
     floats = {name: tensor for name, tensor in own.items() if tensor.dtype == torch.float32}
-    numbers = [number for weight in weights.values() for number in (weight.scale, *_grids_to_store(weight))]
+    scales = [weight.scale for weight in weights.values()]
     layout = {
         "layers": {name: _describe(weight) for name, weight in weights.items()},
         "floats": {name: list(tensor.shape) for name, tensor in floats.items()},
@@ -67,7 +77,7 @@ def save_packed(
     }
     tensors = {
         ".codes": _joined((pack_codes(weight.codes, weight.grid.numel()) for weight in weights.values()), torch.uint8),
-        ".floats": _joined([*numbers, *floats.values()], torch.float32),
+        ".floats": _joined([*scales, *floats.values()], torch.float32),
         ".layout": torch.frombuffer(bytearray(zlib.compress(json.dumps(layout).encode(), 9)), dtype=torch.uint8),
         **{name: tensor.detach().cpu().contiguous() for name, tensor in own.items() if name not in floats},
     }
@@ -146,14 +156,8 @@ def is_packed(path: str | Path) -> bool:
 
 
 def packed_bytes(weight: QuantizedWeight) -> int:
-    """Return the bytes that a layer's weight takes in a packed file: codes, scales, and its grid if that is stored."""
-    numbers = weight.scale.numel() + sum(levels.numel() for levels in _grids_to_store(weight))
-    return packed_size(weight.codes.numel(), weight.grid.numel()) + 4 * numbers
-
-
-def _grids_to_store(weight: QuantizedWeight) -> list[Tensor]:
-    """Return the layer's grid, or nothing if codebook and bit width tell it."""
-    return [] if torch.equal(grid(weight.codebook, weight.bits), weight.grid.cpu()) else [weight.grid]
+    """Return the bytes that a layer's weight takes in a packed file: codes and scales."""
+    return packed_size(weight.codes.numel(), weight.grid.numel()) + 4 * weight.scale.numel()
 
 
 def _describe(weight: QuantizedWeight) -> _Layer:
@@ -163,11 +167,14 @@ def _describe(weight: QuantizedWeight) -> _Layer:
         levels=weight.grid.numel(),
         shape=list(weight.codes.shape),
         scales=weight.scale.numel(),
-        own_grid=bool(_grids_to_store(weight)),
+        own_grid=False,
     )
 
 
 def _check_unchanged(name: str, model: nn.Module, weight: QuantizedWeight) -> None:
+    """Refuse a weight that is no longer the quantized one, or whose levels its codebook doesn't have."""
+    if not torch.equal(grid(weight.codebook, weight.bits), weight.grid.cpu()):
+        raise UserError(f"the levels of layer {name} are not those of codebook {weight.codebook!r}: name its codebook")
     current = model.get_parameter(f"{name}.weight")
     if not torch.equal(current, weight.dequantize().to(current)):
         raise UserError(f"the weight of layer {name} is not the one that was quantized: quantize the network again")

@@ -16,7 +16,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.forwards import PART_IMAGES
 from kdq_lightning.quantization.gram import layers_of
 from kdq_lightning.quantization.recipes import Recipe
-from kdq_lightning.quantization.solvers import working_bytes
+from kdq_lightning.quantization.solution import working_bytes
 
 
 @dataclass

@@ -5,8 +5,8 @@ from typing import Any
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.codebooks import Alphabet, grid
+from kdq_lightning.quantization.solvers import SOLVERS
 
-SOLVERS = ("gpfq", "gptq", "lsq", "qronos", "rounding")
 SCALES = ("layer", "channel")
 
 
