@@ -28,6 +28,7 @@ from kdq_lightning.runs.config_hash import config_hash, version_hash
 from kdq_lightning.runs.records import read_records
 from kdq_lightning.training.callbacks import NameDeadRank, RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.training.dashboard import Dashboard
+from kdq_lightning.training.lightning_internals import WithoutRunning, completed_epochs
 from kdq_lightning.training.post_training import PostTrainingQuantization
 from kdq_lightning.training.trainer import Trainer
 
@@ -103,12 +104,13 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         """Give the trainer its run folder, checkpoints and bars."""
-        config = self._get(self.config_init, "trainer")
+        settings = self.config_init[self.subcommand]
+        config = settings.trainer
         given = config.get("callbacks") or []
         callbacks = [*(given if isinstance(given, list) else [given]), NameDeadRank()]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(refresh_rate=20))
-        self.quantization: PostTrainingQuantization = self._get(self.config_init, "quantization")
+        self.quantization: PostTrainingQuantization = settings.quantization
         if self.subcommand in ("fit", "quantize"):
             self.quantization.config_hash = self.hash_config()
         logger: Any = False
@@ -184,8 +186,10 @@ class CommandLine(LightningCLI):
 
     def _has_ended(self) -> bool:
         """Whether the checkpoint that is gone on with is that of the last step."""
-        epochs = self.checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        reached = ((epochs, self.trainer.max_epochs), (self.checkpoint["global_step"], self.trainer.max_steps))
+        reached = (
+            (completed_epochs(self.checkpoint), self.trainer.max_epochs),
+            (self.checkpoint["global_step"], self.trainer.max_steps),
+        )
         return any(limit is not None and 0 < limit <= done for done, limit in reached)
 
     def _refuse_another_run(self) -> None:
@@ -210,14 +214,8 @@ class CommandLine(LightningCLI):
                 )
 
 
-class ConfigReader(CommandLine):
+class ConfigReader(WithoutRunning, CommandLine):
     """Parses a command and goes no further."""
-
-    def instantiate_classes(self) -> None:
-        """Leave networks and images alone."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
 
 
 class Settings(NamedTuple):

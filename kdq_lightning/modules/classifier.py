@@ -293,7 +293,7 @@ class Classifier(LightningModule):
 
     def _refuse_nan(self) -> None:
         """Stop on every rank once the loss of any was not finite, before anything of it is saved."""
-        if self._trainer is None or not self.trainer.training:
+        if not self.trainer.training:
             return
         if (step := self._epoch.bad_step(self.trainer.strategy)) >= 0:
             saved = [getattr(keeper, "best_model_path", "") for keeper in self.trainer.checkpoint_callbacks]

@@ -17,31 +17,18 @@ from lightning.pytorch.cli import SaveConfigCallback
 from kdq_lightning.files import remove_leftovers, write_atomically
 from kdq_lightning.runs.checkpoints import FINISHED
 from kdq_lightning.runs.records import RECORDS
+from kdq_lightning.training.lightning_internals import RelocatableModelCheckpoint, started_processes
 
 KEPT = ("checkpoints", RECORDS)  # a folder that holds one of them stays when its run fails
 DEATH_SECONDS = 2  # from a lost connection to the exit code of who was at its other end
 
 
-class ModelCheckpoint(lightning_callbacks.ModelCheckpoint):
-    """Lightning's, which would forget the best epoch of a run folder that was moved, and save a worse one over it."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Find the checkpoints beside the one that is gone on with."""
-
-        def here(path: str) -> str:
-            return str(Path(self.dirpath or "", Path(path).name)) if path else path
-
-        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": scores, "dirpath": self.dirpath})
-
-
-def checkpoint_callbacks() -> list[ModelCheckpoint]:
+def checkpoint_callbacks() -> list[RelocatableModelCheckpoint]:
     """Return the keepers of `checkpoints/best.ckpt` (highest `val/top1`) and `checkpoints/last.ckpt` (every epoch)."""
-    best = ModelCheckpoint(
+    best = RelocatableModelCheckpoint(
         filename="best", monitor="val/top1", mode="max", save_on_train_epoch_end=True, enable_version_counter=False
     )
-    last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    last = RelocatableModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     return [best, last]
 
 
@@ -83,7 +70,7 @@ class NameDeadRank(Callback):
         """Add a note to the error if one of the processes that this one has started is gone."""
         if not isinstance(exception, RuntimeError):
             return
-        processes = getattr(trainer.strategy.launcher, "procs", [])
+        processes = started_processes(trainer)
         deadline = time.monotonic() + DEATH_SECONDS
         while not any(process.poll() for process in processes) and processes and time.monotonic() < deadline:
             time.sleep(0.1)

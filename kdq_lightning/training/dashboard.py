@@ -10,11 +10,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from kdq_lightning.report.figures import accuracy_figure
 from kdq_lightning.runs.checkpoints import versions
 from kdq_lightning.runs.records import FLOAT_BITS, LayerRecord, Record
+from kdq_lightning.training.lightning_internals import write_hyperparameters
 
 SUFFIX = ".quantized"  # of the event file that quantization writes, whole
 COLUMNS = ("bits", "levels", "kB", "val top-1", "test top-1", "agreement", "flips", "relative error", "recipe")
@@ -37,13 +37,14 @@ class Dashboard(TensorBoardLogger):
         """
         purge_step = None if after_step is None else after_step + 1
         super().__init__(root, name, version, default_hp_metric=False, purge_step=purge_step)
+        self._claimed = version
 
     @property
-    def version(self) -> int | str:
+    def version(self) -> int:
         """The run's number; the folder is made with it, so two runs that start at once never share one."""
-        if self._version is None:
-            self._version = self._claim()
-        return self._version
+        if self._claimed is None:
+            self._claimed = self._claim()
+        return self._claimed
 
     def _claim(self) -> int:
         run = Path(self.root_dir)
@@ -136,7 +137,7 @@ def _write_layout(writer: SummaryWriter, suffixes: Iterable[str]) -> None:
 def _write_hyperparameters(
     writer: SummaryWriter, hyperparameters: Mapping[str, Any], metrics: Mapping[str, float]
 ) -> None:
-    """Write the run's line of the hparams tab; `SummaryWriter.add_hparams` would make a run of its own."""
+    """Write the run's row of the HParams tab, and its metrics as scalars."""
     plain = {
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in hyperparameters.items()
@@ -144,8 +145,7 @@ def _write_hyperparameters(
     }
     for name, value in metrics.items():
         writer.add_scalar(name, value, 0)
-    for summary in hparams(plain, dict(metrics)):  # type: ignore[no-untyped-call]
-        writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+    write_hyperparameters(writer, plain, metrics)
 
 
 def table_rows(records: Iterable[Record]) -> list[list[str]]:

@@ -13,6 +13,8 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from kdq_lightning.training.lightning_internals import pass_on_signal
+
 ASK_SECONDS = 2.0
 SAVE_SECONDS = 300.0  # epochs that take longer are saved in between
 
@@ -38,9 +40,8 @@ class Interruption(Callback):
             return
 
         def note(signum: int, frame: FrameType | None) -> None:
-            launcher = trainer.strategy.launcher
-            if not self._sigterm_received and launcher is not None:
-                launcher.kill(signum)  # which passes it on to the processes that this one has started
+            if not self._sigterm_received:
+                pass_on_signal(trainer, signum)
             self._sigterm_received = True
             self.agreed |= not self._training
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch import Trainer as LightningTrainer
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
 from kdq_lightning.modules.muon import multiplies_bfloat16
 from kdq_lightning.training.interruption import Interruption
+from kdq_lightning.training.lightning_internals import StageTrainer
 from kdq_lightning.training.post_training import PostTrainingQuantization
 
 
@@ -33,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(Path(path), content.getvalue())
 
 
-class Trainer(LightningTrainer):
+class Trainer(StageTrainer):
     """Lightning's Trainer; `precision="auto"` is bf16-mixed where processor or GPU computes in it, else 32-true."""
 
     def __init__(
@@ -77,10 +77,9 @@ class Trainer(LightningTrainer):
         self._interruption = Interruption()
         self._callbacks.insert(0, self._interruption)
 
-    @property
-    def received_sigterm(self) -> bool:
-        """Whether to stop where SIGTERM was received; of several processes, once all of them know."""
-        return self._interruption.agreed if self.world_size > 1 else super().received_sigterm
+    def should_terminate(self) -> bool:
+        """Return whether to stop where SIGTERM was received; of several processes, once all of them know."""
+        return self._interruption.agreed if self.world_size > 1 else super().should_terminate()
 
     def quantize(
         self,
@@ -103,8 +102,9 @@ class Trainer(LightningTrainer):
         if not any(callback.enabled for callback in self._quantizers):
             raise UserError("there is nothing to do with --quantization.enabled=false: leave it out")
         self._quantizing = True
-        try:  # launching, data and device are those of a validation; `_run_stage` does other work
-            self.validate(model, ckpt_path=ckpt_path, verbose=False, datamodule=datamodule, weights_only=weights_only)
+        options = {} if weights_only is None else {"weights_only": weights_only}  # unknown to Lightning 2.5
+        try:  # processes, data and device are those of a validation; `run_stage` does other work
+            self.validate(model, ckpt_path=ckpt_path, verbose=False, datamodule=datamodule, **options)
         finally:
             self._quantizing = False
 
@@ -117,10 +117,11 @@ class Trainer(LightningTrainer):
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # set by Lightning, unknown to its type
         return callbacks
 
-    def _run_stage(self) -> Any:  # noqa: ANN401 - what Lightning's stages return
+    def run_stage(self) -> Any:  # noqa: ANN401 - what Lightning's stages return
+        """Do the work of the command: quantize, or what Lightning does."""
         self._interruption.listen(self)
         if not self._quantizing:
-            return super()._run_stage()
+            return super().run_stage()
         for callback in self._quantizers:
             callback.quantize(self, self.lightning_module)
         return []

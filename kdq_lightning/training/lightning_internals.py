@@ -1,0 +1,112 @@
+"""What Lightning documents nowhere and this project can't do without, in one place.
+
+Each part has a test of its own in tests/test_lightning_internals.py, which says what breaks if a release of Lightning
+changes it. No other module uses a private name of Lightning.
+"""
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import ModelCheckpoint as LightningModelCheckpoint
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+
+class StageTrainer(LightningTrainer):
+    """Lightning's Trainer, with two of its decisions under public names that a subclass overrides.
+
+    Relies on: `Trainer._run_stage`, called once a command when processes, data and weights are in place and the signal
+    handlers are installed; `Trainer.received_sigterm`, which the loops read after each batch.
+    """
+
+    def run_stage(self) -> Any:  # noqa: ANN401 - what Lightning's stages return
+        """Do the work of the command that was set up: fit, validate, test or predict."""
+        return super()._run_stage()
+
+    def _run_stage(self) -> Any:  # noqa: ANN401
+        return self.run_stage()
+
+    def should_terminate(self) -> bool:
+        """Return whether the loops raise `SIGTERMException` at the end of this batch."""
+        return super().received_sigterm
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Return `should_terminate()`, under the name that Lightning reads."""
+        return self.should_terminate()
+
+
+class WithoutRunning:
+    """Before `LightningCLI` among the bases: the command is parsed, nothing is instantiated and nothing is run.
+
+    Relies on: `LightningCLI._run_subcommand`, called last by the constructor.
+    """
+
+    def instantiate_classes(self) -> None:
+        """Instantiate nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+class RelocatableModelCheckpoint(LightningModelCheckpoint):
+    """Lightning's ModelCheckpoint, which would forget the best epoch of a run folder that was moved.
+
+    It would then save a worse epoch over it. Relies on: the keys of `ModelCheckpoint.state_dict`.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Look for the checkpoints in the folder of the checkpoint that training goes on from."""
+
+        def here(path: str) -> str:
+            return str(Path(self.dirpath or "", Path(path).name)) if path else path
+
+        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": scores, "dirpath": self.dirpath})
+
+
+def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many epochs of training a checkpoint has behind it.
+
+    Relies on: the `loops` of a checkpoint. Its key `epoch` counts from 0 and is that of the epoch it was saved in, be
+    it complete or not.
+    """
+    epochs: int = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return epochs
+
+
+def started_processes(trainer: LightningTrainer) -> list[subprocess.Popen[bytes]]:
+    """Return the processes of the other ranks that this process has started with `strategy=ddp`; by rank.
+
+    Relies on: the launcher's `procs`. Forked processes are not among them.
+    """
+    processes = getattr(trainer.strategy.launcher, "procs", [])
+    return [process for process in processes if isinstance(process, subprocess.Popen)]
+
+
+def pass_on_signal(trainer: LightningTrainer, signum: int) -> None:
+    """Send a signal to the processes that this one has started.
+
+    Relies on: the launcher's `kill`.
+    """
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(signum)
+
+
+def write_hyperparameters(writer: SummaryWriter, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """Write a run's row of TensorBoard's HParams tab; `SummaryWriter.add_hparams` would make a run of its own.
+
+    Relies on: `SummaryWriter._get_file_writer` and `torch.utils.tensorboard.summary.hparams`, which is how
+    `TensorBoardLogger.log_hyperparams` does it.
+
+    Args:
+        writer: Of the run.
+        values: Numbers, bools and strings by name.
+        metrics: Scalars by tag; only their names go into the row, their values are the tags' last points.
+    """
+    for summary in hparams(dict(values), dict(metrics)):  # type: ignore[no-untyped-call]
+        writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
