@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdq_lightning.cli import main
@@ -69,6 +70,39 @@ def state(version: Path) -> dict[str, object]:
         "packed files": {file.name: file.read_bytes() for file in (version / "packed").iterdir()},
         "hidden files": [str(path) for path in version.rglob(".*")],
     }
+
+
+class Terminate(Callback):
+    """Sends SIGTERM to this process after a batch of the second epoch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == self.batch:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(2, 4), (3, 5), (6, 3)])
+def test_terminated_while_gradients_are_accumulated(batch: int, steps: int, workspace: Path):
+    """Stopped after the optimizer's step, as gradients are in no checkpoint: resumed, the unbroken run's weights.
+
+    An epoch has 7 batches, so 3 steps of 3, 3 and 1; SIGTERM in its last one cuts off the validation, and with it the
+    epoch.
+    """
+    few = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=7", "--trainer.accumulate_grad_batches=3"]
+    fit, last = [*FIT, *few, "--quantization.enabled=false"], "checkpoints/last.ckpt"
+    assert main([*fit, "--name=unbroken"]) == 0
+    unbroken = torch.load(Path("runs/unbroken/version_0", last), weights_only=True)
+    with pytest.raises(SystemExit) as stop:
+        main([*fit, f"--trainer.callbacks={{class_path: tests.test_faults.Terminate, init_args: {{batch: {batch}}}}}"])
+    assert stop.value.code == 143
+    stopped = torch.load(newest_version() / last, weights_only=True)
+    assert stopped["global_step"] == steps
+    assert main([*fit, "--ckpt_path=last"]) == 0
+    resumed = torch.load(newest_version() / last, weights_only=True)
+    assert resumed["global_step"] == unbroken["global_step"] == 6
+    assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in unbroken["state_dict"].items())
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a run that is cut off has reached: a checkpoint every few minutes, and at SIGTERM, as clusters send it."""
+"""Keeping what a run has reached when it is cut off: a checkpoint every few minutes, and one at SIGTERM."""
 
 import signal
 import threading
@@ -15,27 +15,33 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kdq_lightning.training.lightning_internals import pass_on_signal
 
-ASK_SECONDS = 2.0
-SAVE_SECONDS = 300.0  # epochs that take longer are saved in between
+ASK_SECONDS = 2.0  # between two rounds in which all processes ask each other
+SAVE_SECONDS = 300.0  # between two checkpoints of an epoch that takes longer
 
 
 class Interruption(Callback):
-    """Saves `last.ckpt` every five minutes of an epoch and at SIGTERM, by all processes after the same step.
+    """Saves `last.ckpt` every five minutes of an epoch and at SIGTERM, in all processes after the same step.
 
     Lightning's handler of SIGTERM starts a collective call wherever its process happens to be, between those of a step
     (github.com/Lightning-AI/pytorch-lightning/issues/20806); its saving by time makes one every step. Here a signal is
-    only noted, and every couple of seconds all processes ask each other.
+    only noted, and every couple of seconds all processes ask each other whether one of them has received it.
+
+    Gradients are no part of a checkpoint, so nothing stops or is saved while they are being accumulated.
+
+    Attributes:
+        agreed: Whether all processes know that one of them has received SIGTERM, and stop after this step.
+        accumulating: Whether the optimizer has yet to step on the gradients of the batches so far.
     """
 
     def __init__(self) -> None:
-        """Nobody has been told anything yet."""
-        self.agreed = False
+        """Start without a signal."""
+        self.agreed = self.accumulating = False
         self._sigterm_received = self._training = False
         self._last_sync_time = self._saved_at = 0.0
         self._last_sync_step = self._next_sync_step = -1
 
     def listen(self, trainer: LightningTrainer) -> None:
-        """Take the place of Lightning's handler, which Lightning gives back when the run ends."""
+        """Replace Lightning's handler of SIGTERM if there are several processes; Lightning removes it at the end."""
         if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
             return
 
@@ -56,43 +62,44 @@ class Interruption(Callback):
     def on_save_checkpoint(
         self, trainer: LightningTrainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note that something is saved."""
+        """Note when something is saved."""
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: LightningTrainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Ask all processes, at steps that all know: the next is as far as the slowest gets in `ASK_SECONDS`.
+        """Ask all processes for signals and for the time since the last checkpoint, at steps that all of them know.
 
-        Never while gradients are being accumulated, nor after an epoch's last step, whose validation comes first.
+        The next such step is the one that the slowest process reaches in `ASK_SECONDS`. It is none at which gradients
+        are being accumulated, nor an epoch's last one, which is followed by the validation and a checkpoint.
         """
+        self.accumulating = bool((batch_idx + 1) % trainer.accumulate_grad_batches) and not trainer.is_last_batch
         step = trainer.fit_loop.total_batch_idx
-        is_between = (batch_idx + 1) % trainer.accumulate_grad_batches
-        if step < self._next_sync_step or is_between or trainer.is_last_batch:
+        if step < self._next_sync_step or self.accumulating or trainer.is_last_batch:
             return
         now = time.monotonic()
         seconds = (now - self._last_sync_time) / max(step - self._last_sync_step, 1)
         mine = torch.tensor([float(self._sigterm_received), seconds, now - self._saved_at], device=pl_module.device)
-        told, slowest, unsaved = trainer.strategy.reduce(mine, reduce_op="max").tolist()
-        self.agreed = told > 0
+        received, slowest, unsaved = trainer.strategy.reduce(mine, reduce_op="max").tolist()
+        self.agreed = received > 0
         self._last_sync_time, self._last_sync_step = now, step
         self._next_sync_step = step + max(1, int(ASK_SECONDS / slowest))
         if unsaved > SAVE_SECONDS:
             _save(trainer)
 
     def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        """After training, what is finished is on disk: each process stops for itself."""
-        self._training = False
+        """Let each process stop for itself from here on: what is finished is on disk."""
+        self._training = self.accumulating = False
         self.agreed |= self._sigterm_received
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Told to terminate within an epoch, keep what it has reached; within a validation, the epoch before stays."""
+        """Save at SIGTERM within an epoch's training; within a validation, the last epoch's checkpoint stays."""
         if isinstance(exception, SIGTERMException) and self._training and trainer.training:
             _save(trainer)
 
 
 def _save(trainer: LightningTrainer) -> None:
-    """Save where the run's newest state is kept, if anything is kept."""
+    """Save `last.ckpt`, unless the run keeps no checkpoints."""
     for keeper in trainer.checkpoint_callbacks:
         if isinstance(keeper, ModelCheckpoint) and keeper.filename == "last" and keeper.dirpath:
             trainer.save_checkpoint(Path(keeper.dirpath, "last.ckpt"))

@@ -78,8 +78,10 @@ class Trainer(StageTrainer):
         self._callbacks.insert(0, self._interruption)
 
     def should_terminate(self) -> bool:
-        """Return whether to stop where SIGTERM was received; of several processes, once all of them know."""
-        return self._interruption.agreed if self.world_size > 1 else super().should_terminate()
+        """Return whether to stop after this batch because of SIGTERM; see `Interruption`."""
+        if self.world_size > 1:
+            return self._interruption.agreed
+        return super().should_terminate() and not self._interruption.accumulating
 
     def quantize(
         self,
