@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kdq_lightning.commands.arguments import OneLineErrors, check_class_given, check_given
 from kdq_lightning.commands.messages import quieten
+from kdq_lightning.commands.resuming import ResumedRun, find_resumed_run, unfinished_quantization
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule, ImageFolderDataModule
 from kdq_lightning.errors import UserError
@@ -23,12 +25,11 @@ from kdq_lightning.modules.hint import HintKD
 from kdq_lightning.modules.mixup import MixupKD
 from kdq_lightning.modules.recover import Recover
 from kdq_lightning.modules.vanilla import VanillaKD
-from kdq_lightning.runs.checkpoints import FINISHED, find_checkpoint, read_checkpoint, versions
+from kdq_lightning.runs.checkpoints import FINISHED, find_checkpoint, versions
 from kdq_lightning.runs.config_hash import config_hash, version_hash
-from kdq_lightning.runs.records import read_records
 from kdq_lightning.training.callbacks import NameDeadRank, RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.training.dashboard import Dashboard
-from kdq_lightning.training.lightning_internals import WithoutRunning, completed_epochs
+from kdq_lightning.training.lightning_internals import WithoutRunning
 from kdq_lightning.training.post_training import PostTrainingQuantization
 from kdq_lightning.training.trainer import Trainer
 
@@ -48,7 +49,16 @@ class Parser(OneLineErrors, LightningArgumentParser):
 
 
 class CommandLine(LightningCLI):
-    """`kdq fit, validate, test, predict, quantize`: LightningCLI with run folders named after their config."""
+    """`kdq fit, validate, test, predict, quantize`: LightningCLI with run folders named after their config.
+
+    Attributes:
+        root: Folder of all runs, absolute, as a checkpoint remembers its folder.
+        run_name: Name of this command's run folder in it.
+        resumed: The run that `fit` goes on with; None if it starts a new one.
+        quantization: The post-fit callback.
+    """
+
+    # --- options
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -71,12 +81,12 @@ class CommandLine(LightningCLI):
         check_given(PostTrainingQuantization, config.quantization, "quantization")
         check_class_given(config.model, "model", later=["num_classes"])
         check_class_given(config.data, "data", later=["num_classes"])
-        self.root = Path(config.trainer.default_root_dir).absolute()  # a checkpoint remembers its folder
+        self.root = Path(config.trainer.default_root_dir).absolute()
         self.run_name = config.name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
-        self.resumed: Path | None = None
+        self.resumed: ResumedRun | None = None
         path, config.ckpt_path = config.ckpt_path, None
         if self.config.subcommand == "fit":
-            self.resumed = self._resume_from(path) if path else None
+            self.resumed = find_resumed_run(path, self.root / self.run_name) if path else None
             return
         weights = path or config.model.init_args.get("weights")
         if weights is None:
@@ -86,79 +96,55 @@ class CommandLine(LightningCLI):
             )
         config.model.init_args.weights = str(find_checkpoint(weights))
 
-    def _resume_from(self, path: str) -> Path:
-        """Return the checkpoint that training goes on from: the named one, or the newest version's last one."""
-        place = self.root / self.run_name if path == "last" else Path(path)
-        if place.is_dir() and not (place / "checkpoints").is_dir():
-            place = next(reversed(versions(place)), place)
-        checkpoint = (place / "checkpoints" / "last.ckpt" if place.is_dir() else place).resolve()
-        if not checkpoint.is_file():
-            raise UserError(f"{checkpoint} does not exist: there is nothing to go on from, leave out --ckpt_path")
-        if checkpoint.parent.name != "checkpoints" or checkpoint.parent.parent not in versions(checkpoint.parents[2]):
-            raise UserError(
-                f"{checkpoint} lies in no run folder (version_N/checkpoints), so training can't go on there;"
-                " to start from its weights, give --model.init_args.weights"
-            )
-        self.checkpoint = read_checkpoint(checkpoint)
-        return checkpoint
-
-    def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
-        """Give the trainer its run folder, checkpoints and bars."""
-        settings = self.config_init[self.subcommand]
-        config = settings.trainer
-        given = config.get("callbacks") or []
-        callbacks = [*(given if isinstance(given, list) else [given]), NameDeadRank()]
-        if config.get("enable_progress_bar") is not False:
-            callbacks.append(RichProgressBar(refresh_rate=20))
-        self.quantization: PostTrainingQuantization = settings.quantization
-        if self.subcommand in ("fit", "quantize"):
-            self.quantization.config_hash = self.hash_config()
-        logger: Any = False
-        if self.subcommand == "quantize":
-            logger = self._quantization_dashboard()
-            callbacks.append(RunFolder())
-        elif self.subcommand == "fit":
-            logger = self._dashboard() if config.get("logger") in (None, True) else config["logger"]
-            callbacks.append(RunFolder())
-            if config.get("enable_checkpointing") is not False:
-                callbacks += checkpoint_callbacks()
-        elif self.subcommand == "predict":
-            callbacks.append(WritePredictions(self._predictions_folder))
-        try:
-            return super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
-        except (MisconfigurationException, ValueError) as error:
-            raise UserError(f"the trainer refuses its options: {error}") from error
-
     def hash_config(self) -> str:
-        """Return what the records of this command have as their `config_hash`."""
+        """Return the `config_hash` of this command's records."""
         config = self.config[self.config.subcommand]
         if self.config.subcommand == "fit":
             return config_hash(config.as_dict())
         path = Path(config.model.init_args.weights)
         trained = version_hash(path.parent.parent) if path.parent.name == "checkpoints" else None
-        weights = trained or file_digest(path)
-        return config_hash(config.as_dict(), weights=weights)
+        return config_hash(config.as_dict(), weights=trained or file_digest(path))
 
-    def _dashboard(self) -> Dashboard:
-        """Return the logger of a new version, or of the one that is gone on with."""
-        if self.resumed is None:
-            return Dashboard(self.root, self.run_name)
-        version = self.resumed.parent.parent
-        number = int(version.name.removeprefix("version_"))
-        after_step = None if (version / FINISHED).exists() else self.checkpoint["global_step"]
-        return Dashboard(version.parent.parent, version.parent.name, number, after_step)
+    # --- the trainer and its run folder
 
-    def _quantization_dashboard(self) -> Dashboard:
-        """Return the logger of the newest version, if that is an unfinished one of this config and these weights."""
-        name = f"{self.run_name}-quantized"
-        newest = next(reversed(versions(self.root / name)), None)
-        if newest is None or (newest / FINISHED).exists():
-            return Dashboard(self.root, name)
-        if Path(self.config.quantize.model.init_args.weights).stat().st_mtime > newest.stat().st_mtime:
-            return Dashboard(self.root, name)  # trained again since
-        if any(record.config_hash != self.quantization.config_hash for record in read_records(newest)):
-            return Dashboard(self.root, name)
-        return Dashboard(self.root, name, int(newest.name.removeprefix("version_")))
+    def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
+        """Give the trainer the run folder, the callbacks and the bars that the command needs."""
+        settings = self.config_init[self.subcommand]
+        self.quantization: PostTrainingQuantization = settings.quantization
+        if self.subcommand in ("fit", "quantize"):
+            self.quantization.config_hash = self.hash_config()
+        given = settings.trainer.get("callbacks") or []
+        callbacks = [*(given if isinstance(given, list) else [given]), NameDeadRank()]
+        if settings.trainer.get("enable_progress_bar") is not False:
+            callbacks.append(RichProgressBar(refresh_rate=20))
+        keeps_checkpoints = settings.trainer.get("enable_checkpointing") is not False
+        callbacks += self._callbacks_of_command(keeps_checkpoints)
+        logger = self._run_logger(settings.trainer.get("logger"))
+        try:
+            return super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"the trainer refuses its options: {error}") from error
+
+    def _callbacks_of_command(self, keeps_checkpoints: bool) -> list[Callback]:
+        if self.subcommand == "fit":
+            return [RunFolder(), *(checkpoint_callbacks() if keeps_checkpoints else [])]
+        if self.subcommand == "quantize":
+            return [RunFolder()]
+        if self.subcommand == "predict":
+            return [WritePredictions(self._predictions_folder)]
+        return []
+
+    def _run_logger(self, given: Any) -> Any:  # noqa: ANN401 - one logger, several, or False for none
+        """Return the dashboard of a run folder, or for `fit` the logger that the user gives; others have none."""
+        if self.subcommand == "fit":
+            if given not in (None, True):
+                return given
+            return self.resumed.dashboard() if self.resumed else Dashboard(self.root, self.run_name)
+        if self.subcommand == "quantize":
+            name, weights = f"{self.run_name}-quantized", Path(self.config.quantize.model.init_args.weights)
+            number = unfinished_quantization(self.root / name, weights, self.quantization.config_hash)
+            return Dashboard(self.root, name, number)
+        return False
 
     def _predictions_folder(self) -> Path:
         """Return the run folder that the weights lie in; weights from elsewhere get a folder of their own."""
@@ -167,51 +153,33 @@ class CommandLine(LightningCLI):
             return version
         return Path(Dashboard(self.root, f"{self.run_name}-predicted").log_dir)
 
+    # --- running
+
     def fit(self, **kwargs: Any) -> None:
-        """Train; of a finished run, do only what quantization lacks."""
-        if self.resumed is None:
+        """Train; if the run is finished, do what quantization lacks.
+
+        Raises:
+            UserError: If another run is gone on with, or there is nothing left to do.
+        """
+        run = self.resumed
+        if run is None:
             self.trainer.fit(**kwargs)
             return
-        folder = self.resumed.parent.parent
-        self._refuse_another_run()
-        self.model.weights = None  # Lightning loads the checkpoint after setup; what the run began with may be gone
-        if self._has_ended():  # and was cut off before it could say so
-            (folder / FINISHED).touch()
-        if not (folder / FINISHED).exists():
-            self.trainer.fit(**kwargs | {"ckpt_path": str(self.resumed)})
-        elif self.quantization.enabled and not self.quantization.is_complete(folder, self.model):
-            self.trainer.quantize(self.model, self.datamodule, str(self.resumed))  # type: ignore[attr-defined]
-        else:
-            raise UserError(f"{folder} is finished: nothing is left to train or to quantize")
-
-    def _has_ended(self) -> bool:
-        """Whether the checkpoint that is gone on with is that of the last step."""
-        reached = (
-            (completed_epochs(self.checkpoint), self.trainer.max_epochs),
-            (self.checkpoint["global_step"], self.trainer.max_steps),
-        )
-        return any(limit is not None and 0 < limit <= done for done, limit in reached)
-
-    def _refuse_another_run(self) -> None:
-        """Compare the checkpoint's plan with this command's."""
         self.model.trainer = self.trainer
         self.trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
-        now = {
-            **self.model.resume_requirements(),
-            "num_classes": self.model.num_classes,
-            "networks": self.model.network_names(),
-        }
-        then = {
-            **self.checkpoint["plan"],
-            "num_classes": self.checkpoint["data"]["num_classes"],
-            "networks": {name: entry["network"] for name, entry in self.checkpoint["networks"].items()},
-        }
-        for name, value in now.items():
-            if then.get(name, "sgd" if name == "optimizer" else None) != value:
-                raise UserError(
-                    f"{self.resumed} was trained with {name} {then.get(name, 'sgd')}, this command says {value}:"
-                    f" give the same, or leave out --ckpt_path"
-                )
+        run.check_is_run_of(self.model)
+        self.model.weights = None  # Lightning loads the checkpoint after setup; what the run began with may be gone
+        if run.has_ended(self.trainer):  # and was cut off before it could say so
+            (run.folder / FINISHED).touch()
+        if not (run.folder / FINISHED).exists():
+            self.trainer.fit(**kwargs | {"ckpt_path": str(run.path)})
+        elif self.quantization.enabled and not self.quantization.is_complete(run.folder, self.model):
+            self.trainer.quantize(self.model, self.datamodule, str(run.path))  # type: ignore[attr-defined]
+        else:
+            raise UserError(
+                f"{run.folder} is finished: nothing is left to train or to quantize; leave out --ckpt_path to start a"
+                " new version"
+            )
 
 
 class ConfigReader(WithoutRunning, CommandLine):
