@@ -73,8 +73,7 @@ class Evaluation:
 def evaluate(
     network: nn.Module,
     split: Split,
-    mean: Statistics,
-    std: Statistics,
+    statistics: Statistics,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
     """Evaluate a network on each image of a split once, in float32; ranks take every world-size-th image.
@@ -82,8 +81,7 @@ def evaluate(
     Args:
         network: On the device to compute on; it is put into eval mode, nothing else of it changes.
         split: The images.
-        mean: Channel means of the inputs that the network expects, for images in [0, 1].
-        std: Their channel deviations.
+        statistics: Those of the inputs that the network expects.
         progress: Called with the number of images that were done since the last call.
 
     Raises:
@@ -96,7 +94,7 @@ def evaluate(
     with full_float32(device):
         share = torch.arange(rank, len(split.labels), world_size)
         for index in torch.split(share, BATCH.get(device.type, BATCH["cpu"])):
-            images = normalize(split.images[index].to(device), mean, std)
+            images = normalize(split.images[index].to(device), statistics)
             logits = network(images.contiguous(memory_format=torch.channels_last))
             measured.append(_measure(logits.double(), split.labels[index].to(device)))
             progress(len(index))

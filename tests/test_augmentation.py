@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from kdq_lightning.data.augmentation import augment, shrink
-from kdq_lightning.data.normalization import normalize, renormalize
+from kdq_lightning.data.augmentation import View, augment, shrink
+from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule
+from kdq_lightning.data.normalization import Statistics, normalize, to_unit_range
+from kdq_lightning.errors import UserError
+from kdq_lightning.losses import mixup
 from tests.test_random_draws import splitmix
 
 IMAGES = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -70,16 +73,61 @@ def test_shrink_keeps_the_mean_and_removes_the_finest_grain():
     assert shrink(images, 32) is images
 
 
-def test_normalize_and_renormalize():
-    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    exact = (IMAGES.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    images = normalize(IMAGES, mean, std)
+STATISTICS = Statistics((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+
+
+def normalize_bytes(images: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    """Return what networks were fed before views were floats: bytes, scaled and shifted in one go."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in statistics)
+    return images.float() * (1 / (255 * std)) - mean / std
+
+
+def renormalize(images: torch.Tensor, before: Statistics, after: Statistics) -> torch.Tensor:
+    """Return images normalised with one network's statistics as another's, as teachers got them."""
+    mean, std, to_mean, to_std = (torch.tensor(values)[:, None, None] for values in (*before, *after))
+    return images * (std / to_std) + (mean - to_mean) / to_std
+
+
+def test_normalize():
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS)
+    exact = (IMAGES.double() / 255 - mean) / std
+    images = normalize(IMAGES, STATISTICS)
     assert images.dtype == torch.float32
     torch.testing.assert_close(images, exact.float(), rtol=1e-6, atol=1e-6)
-    to_mean, to_std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    changed = renormalize(images, mean, std, to_mean, to_std)
-    torch.testing.assert_close(changed, normalize(IMAGES, to_mean, to_std), rtol=1e-5, atol=2e-6)
-    assert renormalize(images, mean, std, mean, std) is images
+
+
+def test_every_byte_is_normalised_as_before():
+    """To the bit, from the byte itself and from the float in [0, 1] that it becomes in the datamodule."""
+    images = torch.arange(256, dtype=torch.uint8).repeat(3, 1)[None, :, None]
+    unit = to_unit_range(images)
+    assert unit.min() == 0 and unit.max() == 1
+    for data in (DigitsDataModule(), CIFARDataModule("cifar10"), CIFARDataModule("cifar100")):
+        statistics = data.statistics
+        before = normalize_bytes(images, statistics)
+        assert torch.equal(normalize(images, statistics), before)
+        assert torch.equal(normalize(unit, statistics), before)
+    assert images.max() == 255 and unit.max() == 1, "nothing is changed in place"
+
+
+@pytest.mark.parametrize("size", [32, 20])
+@pytest.mark.parametrize("lam", [1.0, 0.3])
+def test_training_inputs_are_those_of_before(size: int, lam: float):
+    """Mixed, smaller and a teacher's images: normalising last equals normalising first, mixing, shrinking, by 1e-5."""
+    other = Statistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    images = torch.randint(256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    view = View(mixup(to_unit_range(images), lam), torch.zeros(6), torch.arange(6), size)
+    before = mixup(normalize_bytes(images, STATISTICS), lam)
+    torch.testing.assert_close(normalize(view.resized, STATISTICS), shrink(before, size), rtol=0, atol=1e-5)
+    torch.testing.assert_close(normalize(view.images, other), renormalize(before, STATISTICS, other), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "name"),
+    [((1.1, 0, 0), (1, 1, 1), "a"), ((0, 0, 0), (0, 1, 1), "b"), ((-0.1, 0, 0), (1, 1, 1), "a"), ((0.5,), (1, 1), "b")],
+)
+def test_statistics_of_other_images_are_refused(mean, std, name: str):
+    with pytest.raises(UserError, match=rf"^{name} belongs to images scaled to \[0, 1\]"):
+        Statistics(mean, std).check("a", "b")
 
 
 def test_alternate_flip_shows_both_sides_in_two_epochs():

@@ -14,7 +14,7 @@ from kdq_lightning.data.datamodules import CIFARDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import Quantized, quantize
-from kdq_lightning.runs.checkpoints import load_state, load_trained
+from kdq_lightning.runs.checkpoints import Description, load_state, load_trained
 from tests.conftest import FEW_STEPS, config
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
@@ -55,7 +55,7 @@ def test_a_packed_network_is_rebuilt_to_the_bit(quantized: Quantized, packed: Pa
     assert "conv1.bias" in quantized.model.state_dict(), "else this test shows nothing"
     ((name, trained),) = load_trained(packed).items()
     assert (name, trained.network, trained.num_classes) == ("resnet8", "resnet8", 10)
-    assert (trained.mean, trained.std) == (MEAN, STD)
+    assert trained.statistics == (MEAN, STD)
     images = torch.randn(5, 3, 16, 16)
     assert torch.equal(trained.build()(images), quantized.model(images))
 
@@ -156,6 +156,6 @@ def test_biases_that_belong_nowhere_are_refused():
 
 def test_a_plain_state_dict_with_gained_biases(quantized: Quantized, workspace: Path):
     save_file(quantized.model.state_dict(), "plain.safetensors")
-    rebuilt = load_trained("plain.safetensors", "resnet8", MEAN, STD)["resnet8"].build()
+    rebuilt = load_trained("plain.safetensors", Description("resnet8", MEAN, STD))["resnet8"].build()
     images = torch.randn(5, 3, 16, 16)
     assert torch.equal(rebuilt(images), quantized.model(images))

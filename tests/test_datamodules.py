@@ -154,7 +154,7 @@ def test_no_data_and_no_network(tmp_path, archive, download, packed):
     if packed:
         (root / CIFAR10.filename).write_bytes(packed)
     data = CIFARDataModule(root=root, download=download)
-    assert data.num_classes == 10 and data.mean == (0.4914, 0.4822, 0.4465)
+    assert data.num_classes == 10 and data.statistics.mean == (0.4914, 0.4822, 0.4465)
     with pytest.raises(UserError, match=r"no cifar10 in .*configs/quickstart.yaml"):
         data.prepare_data()
 
@@ -219,15 +219,18 @@ def test_loaders(archive):
 def test_batches_are_augmented_in_training_alone(archive):
     data = cifar(archive, seed=3, cutout=8, image_sizes=[16, 24, 32])
     batch = next(iter(data.train_dataloader()))
-    plain = data.normalize(batch.images)
+    plain = batch.images / torch.tensor(255.0)
     assert torch.equal(data.on_after_batch_transfer(batch, 0).images, plain)
     data.trainer = SimpleNamespace(training=False, current_epoch=0)
     assert torch.equal(data.on_after_batch_transfer(batch, 0).images, plain)
     data.trainer = SimpleNamespace(training=True, current_epoch=4, max_epochs=5)
-    images = data.on_after_batch_transfer(batch, 0).images
-    views = augment(batch.images, batch.index, seed=3, epoch=4, crop=4, flip=True, cutout=8, fill=(125, 123, 114))
-    assert torch.equal(images, data.normalize(views))
-    assert data.on_after_batch_transfer(batch, 0).labels is batch.labels
+    view = data.on_after_batch_transfer(batch, 0)
+    bytes_seen = augment(batch.images, batch.index, seed=3, epoch=4, crop=4, flip=True, cutout=8, fill=(125, 123, 114))
+    assert torch.equal(view.images, bytes_seen / torch.tensor(255.0))
+    assert view.labels is batch.labels and view.index is batch.index
+    assert view.size == 32 and view.resized is view.images
+    data.trainer = SimpleNamespace(training=True, current_epoch=0, max_epochs=5)
+    assert data.on_after_batch_transfer(batch, 0).resized.shape == (16, 3, 16, 16)
 
 
 def test_sizes_are_spread_over_the_epochs(archive):
@@ -283,8 +286,8 @@ def test_digits():
     images = data.train_set.images.double() / 255
     assert images.shape[1:] == (3, data.image_size, data.image_size)
     assert torch.equal(images[:, 0], images[:, 2])
-    torch.testing.assert_close(images.mean((0, 2, 3)), torch.tensor(data.mean).double(), atol=6e-5, rtol=0)
-    torch.testing.assert_close(images.std((0, 2, 3)), torch.tensor(data.std).double(), atol=6e-5, rtol=0)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.tensor(data.statistics.mean).double(), atol=6e-5, rtol=0)
+    torch.testing.assert_close(images.std((0, 2, 3)), torch.tensor(data.statistics.std).double(), atol=6e-5, rtol=0)
     assert data.test_set.labels.bincount().min() >= 34
     assert data.class_names == list("0123456789")
     again = DigitsDataModule(seed=3, split_seed=3)
@@ -303,7 +306,7 @@ def test_image_folder_of_any_size(tmp_path):
     (tmp_path / "pets" / "train" / ".cache").mkdir()
     (tmp_path / "pets" / "train" / "cats" / ".DS_Store").write_text("not an image")
     data = ImageFolderDataModule(tmp_path / "pets", image_size=16, val_size=2)
-    assert (data.dataset, data.num_classes, data.std) == ("pets", 2, (0.229, 0.224, 0.225))
+    assert (data.dataset, data.num_classes, data.statistics.std) == ("pets", 2, (0.229, 0.224, 0.225))
     data.setup()
     assert data.class_names == ["cats", "dogs"]
     assert data.train_set.images.shape == (8, 3, 16, 16)
@@ -430,7 +433,7 @@ def test_lightning_predicts_every_test_image_in_order(archive):
     data = cifar(archive)
     batches = trainer.predict(Seen(), datamodule=data)
     assert torch.cat([batch.index for batch in batches]).tolist() == list(range(30))
-    assert torch.equal(torch.cat([batch.images for batch in batches]), data.normalize(data.test_set.images))
+    assert torch.equal(torch.cat([batch.images for batch in batches]), data.test_set.images / torch.tensor(255.0))
 
 
 @pytest.mark.slow
@@ -450,4 +453,4 @@ def test_statistics_of_the_real_data(dataset):
         histogram = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
         mean = (histogram * np.arange(256)).sum() / 255
         std = ((histogram * (np.arange(256) / 255 - mean) ** 2).sum()) ** 0.5
-        assert abs(mean - data.mean[channel]) < 1e-4 and abs(std - data.std[channel]) < 2e-4
+        assert abs(mean - data.statistics.mean[channel]) < 1e-4 and abs(std - data.statistics.std[channel]) < 2e-4

@@ -36,11 +36,11 @@ class WithoutBatchNorm(Classifier):
             nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10)
         )
 
-    def losses(self, images, labels):
+    def losses(self, view):
         """Write down what this rank sees."""
         path = Path(f"seen-{self.trainer.world_size}-{self.global_step}-{self.global_rank}.pt")
-        torch.save((images.detach().clone(), labels), path)
-        return super().losses(images, labels)
+        torch.save((view.images.clone(), view.labels), path)
+        return super().losses(view)
 
 
 def train(devices: int) -> dict[str, torch.Tensor]:

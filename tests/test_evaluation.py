@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
+from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import Split, calibration_error, evaluate
 from kdq_lightning.networks import build_network
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+STATISTICS = Statistics(MEAN, STD)
 
 
 def make_split(count: int, classes: int = 10) -> Split:
@@ -30,7 +32,7 @@ def test_each_image_once(count: int):
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
     before = copy.deepcopy(network.state_dict())
-    found = evaluate(network.train(), split, MEAN, STD, done.append)
+    found = evaluate(network.train(), split, STATISTICS, done.append)
     assert sum(done) == count
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     slow = copy.deepcopy(network).double().eval()
@@ -56,19 +58,19 @@ def test_calibration_error_by_hand():
 
 
 def test_few_classes():
-    assert evaluate(build_network("resnet8", 3), make_split(10, classes=3), MEAN, STD).top5 == 100
+    assert evaluate(build_network("resnet8", 3), make_split(10, classes=3), STATISTICS).top5 == 100
 
 
 def test_not_finite():
     network = build_network("resnet8", 10)
     nn.init.constant_(network.linear.bias, float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        evaluate(network, make_split(4), MEAN, STD)
+        evaluate(network, make_split(4), STATISTICS)
 
 
 def test_autocast_around_changes_nothing():
     network, split = build_network("resnet8", 10), make_split(50)
-    plain = evaluate(network, split, MEAN, STD)
+    plain = evaluate(network, split, STATISTICS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again = evaluate(network, split, MEAN, STD)
+        again = evaluate(network, split, STATISTICS)
     assert again.nll == plain.nll and torch.equal(again.classes, plain.classes)

@@ -13,9 +13,10 @@ from torch import nn
 
 from kdq_lightning.cli import main
 from kdq_lightning.commands import export
+from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import Quantized, quantize
-from kdq_lightning.runs.checkpoints import load_trained, packed_metadata
+from kdq_lightning.runs.checkpoints import Description, load_trained, packed_metadata
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
 IMAGES = torch.randn(4, 3, 20, 20, generator=torch.Generator().manual_seed(1))
@@ -32,7 +33,7 @@ def quantized() -> Quantized:
 
 @pytest.fixture
 def packed(quantized: Quantized, workspace: Path) -> str:
-    quantized.save("resnet8-2bit.safetensors", packed_metadata("resnet8", 10, MEAN, STD))
+    quantized.save("resnet8-2bit.safetensors", packed_metadata("resnet8", 10, Statistics(MEAN, STD)))
     return "resnet8-2bit.safetensors"
 
 
@@ -48,7 +49,7 @@ def test_state_dict_as_its_docstring_reads_it(quantized: Quantized, packed: str,
         if f"{name}.bias" in state and layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros(len(layer.weight)))
     network.load_state_dict(state)
-    ours = load_trained("new/folder/plain.safetensors", "resnet8", MEAN, STD)["resnet8"].build()
+    ours = load_trained("new/folder/plain.safetensors", Description("resnet8", MEAN, STD))["resnet8"].build()
     for found in (network, ours):
         assert torch.equal(found(IMAGES), quantized.model(IMAGES))
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdq_lightning.data.augmentation import shrink
-from kdq_lightning.data.datamodules import DigitsDataModule
+from kdq_lightning.data.augmentation import View, shrink
+from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule
+from kdq_lightning.data.normalization import Statistics, normalize
 from kdq_lightning.errors import UserError
 from kdq_lightning.losses import cross_entropy, dkd_parts, hint_loss, kd_loss, mixup, mutual_loss, partner
 from kdq_lightning.modules.classifier import Classifier
@@ -28,53 +30,57 @@ from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.training.trainer import Trainer
 
 SMALL = {"network": "resnet8", "num_classes": 10}
-IMAGES, LABELS = torch.randn(6, 3, 16, 16), torch.tensor([0, 1, 2, 3, 4, 5])
+STATISTICS = Statistics((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+LABELS = torch.tensor([0, 1, 2, 3, 4, 5])
+VIEW = View(torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)), LABELS, torch.arange(6), size=16)
+SMALL_VIEW = replace(VIEW, size=8)
+INPUTS = normalize(VIEW.images, STATISTICS)
 
 
 class RecordingTeacher(Teacher):
     """Keeps what it is shown."""
 
-    def logits(self, images: Tensor, mean, std) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
         self.seen = images
-        return super().logits(images, mean, std)
+        return super().logits(images)
 
 
 def student(kind: type[Distillation], epoch: int = 0, step: int = 0, **arguments) -> Distillation:
     """Return a student beside a teacher, at some epoch and step of a run of 24 epochs."""
     torch.manual_seed(0)
     module = kind(teacher="unused", **SMALL, **arguments)
-    module.mean, module.std = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
-    module.teacher = RecordingTeacher(build_network("resnet14", 10), module.mean, module.std)
-    data = SimpleNamespace(seed=3, mean=module.mean, std=module.std)
+    module.statistics = STATISTICS
+    module.teacher = RecordingTeacher(build_network("resnet14", 10), STATISTICS)
+    data = SimpleNamespace(seed=3)
     loops = {"fit_loop": None, "world_size": 1, "max_epochs": 24, "current_epoch": epoch, "global_step": step}
     module._trainer = SimpleNamespace(datamodule=data, **loops)
     return module
 
 
-def answers(module: Distillation, images: Tensor) -> tuple[Tensor, Tensor]:
+def answers(module: Distillation) -> tuple[Tensor, Tensor]:
     """Return the student's and the teacher's logits, computed apart."""
     with torch.no_grad():
-        return copy.deepcopy(module.network)(images), module.teacher.network(images)
+        return copy.deepcopy(module.network)(INPUTS), module.teacher.network(INPUTS)
 
 
 @pytest.mark.parametrize(("weight", "temperature"), [(0.1, 4.0), (0.7, 1.0), (0.0, math.inf)])
 def test_vanilla(weight: float, temperature: float):
     module = student(VanillaKD, label_weight=weight, temperature=temperature)
-    z_s, z_t = answers(module, IMAGES)
+    z_s, z_t = answers(module)
     expected = weight * cross_entropy(z_s, LABELS) + (1 - weight) * kd_loss(z_s, z_t, temperature)
-    torch.testing.assert_close(module.losses(IMAGES, LABELS).loss, expected)
+    torch.testing.assert_close(module.losses(VIEW).loss, expected)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.4])
 def test_mixup_shows_both_networks_the_same_images(weight: float):
     module = student(MixupKD, epoch=2, step=7, label_weight=weight, temperature=2.0)
     shown = []
-    module.network.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
-    found = module.losses(IMAGES, LABELS)
+    module.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    found = module.losses(VIEW)
     assert shown[0] is module.teacher.seen
     lam = float(np.random.default_rng([3, 2, 7]).beta(1.0, 1.0))
-    assert torch.equal(shown[0], mixup(IMAGES, lam)) and 0.01 < lam < 0.99
-    z_s, z_t = found.logits.detach(), module.teacher.network(shown[0])
+    assert torch.equal(shown[0], mixup(VIEW.images, lam)) and 0.01 < lam < 0.99
+    z_s, z_t = found.logits.detach(), module.teacher.network(mixup(INPUTS, lam))
     ce = lam * cross_entropy(z_s, LABELS) + (1 - lam) * cross_entropy(z_s, partner(LABELS))
     torch.testing.assert_close(found.loss.detach(), weight * ce + (1 - weight) * kd_loss(z_s, z_t, 2.0))
 
@@ -83,7 +89,7 @@ def test_mixup_without_mixing_is_vanilla():
     """λ = 1 gives plain distillation."""
     mixed, plain = student(MixupKD, label_weight=0.1, temperature=4.0), student(VanillaKD)
     mixed.draw_lambda = lambda: 1.0
-    torch.testing.assert_close(mixed.losses(IMAGES, LABELS).loss, plain.losses(IMAGES, LABELS).loss)
+    torch.testing.assert_close(mixed.losses(VIEW).loss, plain.losses(VIEW).loss)
 
 
 def test_mixup_draws_anew_each_step():
@@ -95,10 +101,10 @@ def test_mixup_draws_anew_each_step():
 def test_dkd(epoch: int, ramp: float):
     """The ramp counts epochs from 1 and ends after a twelfth of them."""
     module = student(DecoupledKD, epoch=epoch, alpha=1.5, beta=6.0)
-    z_s, z_t = answers(module, IMAGES)
+    z_s, z_t = answers(module)
     tckd, nckd = dkd_parts(z_s, z_t, LABELS, 4.0)
     expected = cross_entropy(z_s, LABELS) + ramp * 16 * (1.5 * tckd + 6.0 * nckd).mean()
-    torch.testing.assert_close(module.losses(IMAGES, LABELS).loss, expected)
+    torch.testing.assert_close(module.losses(VIEW).loss, expected)
 
 
 def hinted(step: int) -> HintKD:
@@ -112,17 +118,17 @@ def test_hint_stages():
     """Stage 1 takes the first fifth of the steps and trains the first half; stage 2 is vanilla distillation."""
     module = hinted(step=19)
     expected = hint_loss(
-        module.regressor(stage2_features(copy.deepcopy(module.network), IMAGES)),
-        stage2_features(module.teacher.network, IMAGES),
+        module.regressor(stage2_features(copy.deepcopy(module.network), INPUTS)),
+        stage2_features(module.teacher.network, INPUTS),
     )
-    found = module.losses(IMAGES, LABELS)
+    found = module.losses(VIEW)
     torch.testing.assert_close(found.loss, expected)
     found.loss.backward()
     trained = {name.split(".")[0] for name, value in module.network.named_parameters() if value.grad is not None}
     assert trained == {"conv1", "bn1", "layer1", "layer2"}
     assert module.regressor.weight.grad is not None
     assert not any("regressor" in name for name in module.networks()["resnet8"].state_dict())
-    second = hinted(step=20).losses(IMAGES, LABELS)
+    second = hinted(step=20).losses(VIEW)
     assert set(second.parts) == {"ce", "kd"}
 
 
@@ -130,22 +136,20 @@ def test_hint_stages():
 def test_a_teacher_sees_whole_what_its_student_sees_shrunk(kind: type[Distillation]):
     """One view, one mixture: the student gets the smaller size of the epoch, the teacher the size that it knows."""
     module = hinted(step=50) if kind is HintKD else student(kind)
-    module._image_size = 8
     seen = []
     module.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    module.losses(IMAGES, LABELS)
+    module.losses(SMALL_VIEW)
     assert module.teacher.seen.shape[-1] == 16
-    torch.testing.assert_close(seen[0], shrink(module.teacher.seen, 8))
+    torch.testing.assert_close(seen[0], shrink(normalize(module.teacher.seen, STATISTICS), 8))
 
 
 def test_hints_of_shrunk_images_are_averaged():
     module = hinted(step=3)
-    module._image_size = 8
-    mine = stage2_features(copy.deepcopy(module.network), shrink(IMAGES, 8))
-    theirs = stage2_features(module.teacher.network, IMAGES)
+    mine = stage2_features(copy.deepcopy(module.network), shrink(INPUTS, 8))
+    theirs = stage2_features(module.teacher.network, INPUTS)
     assert theirs.shape[-1] == 2 * mine.shape[-1]
     pooled = theirs.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
-    torch.testing.assert_close(module.losses(IMAGES, LABELS).loss, hint_loss(module.regressor(mine), pooled))
+    torch.testing.assert_close(module.losses(SMALL_VIEW).loss, hint_loss(module.regressor(mine), pooled))
 
 
 def test_hint_learning_rates():
@@ -167,7 +171,8 @@ def test_one_cycle_is_linear():
 
 def test_mutual_learning_sums_its_peers():
     module = MutualLearning(networks=["resnet8", "resnet14", "resnet8"], num_classes=10)
-    found = module.losses(IMAGES, LABELS)
+    module.statistics = STATISTICS
+    found = module.losses(VIEW)
     expected = mutual_loss(list(found.logits.detach()), LABELS)
     torch.testing.assert_close(found.loss.detach(), torch.stack(expected).sum())
     assert list(module.networks()) == ["peer0", "peer1", "peer2"]
@@ -215,23 +220,23 @@ def test_teacher_rests(kind: type[Distillation], teacher_run: Path, workspace: P
     assert len([key for key in checkpoint["state_dict"] if key.startswith("network.")]) == len(before)
     assert all(key.startswith(("network.", "regressor.")) for key in checkpoint["state_dict"])
     restored = kind.load_from_checkpoint("student.ckpt", teacher="gone", weights_only=True)
-    assert restored.strategy == module.strategy and restored.mean == module.mean
+    assert restored.strategy == module.strategy and restored.statistics == module.statistics
     trained = module.network.state_dict()
     assert all(torch.equal(trained[key], value) for key, value in restored.network.state_dict().items())
 
 
 def test_teacher_sees_its_own_statistics():
-    """Images of other statistics are normalised anew, never fed as they are."""
-    raw = torch.rand(4, 3, 16, 16)
-    data, own = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
-
-    def normalised(mean, std):
-        return (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-
-    teacher = Teacher(build_network("resnet8", 10), *own)
+    """Whatever the student's are."""
+    module = student(VanillaKD)
+    own = Statistics((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    module.teacher = Teacher(build_network("resnet8", 10), own)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in own)
+    inputs = (VIEW.images - mean) / std
     with torch.no_grad():
-        expected = teacher.network(normalised(*own))
-    torch.testing.assert_close(teacher.logits(normalised(*data), *data), expected, rtol=1e-4, atol=1e-4)
+        expected = module.teacher.network(inputs)
+    torch.testing.assert_close(module.cached_teacher_logits(VIEW), expected, rtol=1e-4, atol=1e-4)
+    features = module.teacher.features(VIEW.images)
+    torch.testing.assert_close(features, stage2_features(module.teacher.network, inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_validation_is_exact_and_changes_nothing(workspace: Path):
@@ -257,4 +262,5 @@ def test_validation_is_exact_and_changes_nothing(workspace: Path):
 def test_a_loaded_module_answers_on_its_own(teacher_run: Path):
     """A checkpoint loads with Lightning's own means, and maps images to logits without a Trainer."""
     module = Classifier.load_from_checkpoint(teacher_run / "version_0/checkpoints/best.ckpt", weights_only=True).eval()
-    torch.testing.assert_close(module(IMAGES), module.network(IMAGES), rtol=1e-4, atol=1e-4)
+    inputs = normalize(VIEW.images, CIFARDataModule("cifar10").statistics)
+    torch.testing.assert_close(module(VIEW.images), module.network(inputs), rtol=1e-4, atol=1e-4)

@@ -42,8 +42,8 @@ MUTATIONS = {
     "mutual learning reversed": (LOSSES, "kd_loss(own, other.detach(), ", "kd_loss(other.detach(), own, "),
     "mixup's teacher sees unmixed images": (
         "modules/mixup.py",
-        "self.teacher_logits(mixed)",
-        "self.teacher_logits(images)",
+        "self.teacher_logits(mixed.images)",
+        "self.teacher_logits(view.images)",
     ),
     "mixup's λ the other way round": (
         LOSSES,
@@ -59,8 +59,8 @@ MUTATIONS = {
     "teacher in train mode": ("modules/teacher.py", "network.eval()", "network.train()"),
     "teacher fed the student's statistics": (
         "modules/teacher.py",
-        "self.network(renormalize(images, mean, std, self.mean, self.std))",
-        "self.network(images)",
+        "normalize(images, self.statistics)",
+        "normalize(images, type(self.statistics)((0.5,) * 3, (0.2,) * 3))",
     ),
     "schedule stepped by epoch": ("modules/classifier.py", '"interval": "step"', '"interval": "epoch"'),
     "weight decay on BatchNorm": ("modules/classifier.py", "if decayed else 0.0", "if True else 0.0"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdq_lightning.data.normalization import normalize
+from kdq_lightning.data.normalization import Statistics, normalize
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import NETWORKS, build_network, stage2_features, stage2_modules
 from tests.conftest import SHARED
@@ -66,7 +66,11 @@ def test_public_weights(file: str, name: str, dataset: str, statistics: tuple, h
     network.load_state_dict(load_file(SHARED / "models" / f"{file}.safetensors"), strict=False)
     with torch.inference_mode():
         found = sum(
-            int((network(normalize(images[i : i + 500], *statistics)).argmax(1) == labels[i : i + 500]).sum())
+            int(
+                (
+                    network(normalize(images[i : i + 500], Statistics(*statistics))).argmax(1) == labels[i : i + 500]
+                ).sum()
+            )
             for i in range(0, len(images), 500)
         )
     assert found in hits

@@ -111,8 +111,8 @@ def test_records_are_those_of_the_packed_files(run: Path, digits: DigitsDataModu
             assert record.packed_bytes == file.stat().st_size
             metadata = read_metadata(file)
             assert metadata["network"] == "resnet8" and metadata["num_classes"] == "10"
-            assert tuple(json.loads(metadata["mean"])) == trained.mean == digits.mean
-            assert tuple(json.loads(metadata["std"])) == trained.std
+            assert tuple(json.loads(metadata["mean"])) == trained.statistics.mean == digits.statistics.mean
+            assert tuple(json.loads(metadata["std"])) == trained.statistics.std
         for split, images, labels in (
             ("val", digits.train_set.images[digits.val_index], digits.train_set.labels[digits.val_index]),
             ("test", digits.test_set.images, digits.test_set.labels),
@@ -468,11 +468,11 @@ def test_plain_state_dict_with_its_own_statistics(run: Path):
     """A first layer that expects other inputs, given their statistics: the accuracies of the network it came from."""
     network = load_trained(run)["resnet8"].build()
     digits = DigitsDataModule()
-    std = tuple(value / 2 for value in digits.std)  # the inputs are twice as large
+    std = tuple(value / 2 for value in digits.statistics.std)  # the inputs are twice as large
     with torch.no_grad():
         network.conv1.weight /= 2
     save_file(network.state_dict(), "weights.safetensors")
-    arguments = [f"--model.weights_mean={list(digits.mean)}", f"--model.weights_std={list(std)}"]
+    arguments = [f"--model.weights_mean={list(digits.statistics.mean)}", f"--model.weights_std={list(std)}"]
     assert main(["quantize", *QUICK, "--ckpt_path=weights.safetensors", *arguments]) == 0
     plain = read_records(Path("runs/quickstart-quantized/version_0"))
     for mine, record in zip(plain, read_records(run), strict=True):

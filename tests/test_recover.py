@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from kdq_lightning.cli import main
+from kdq_lightning.data.augmentation import View
+from kdq_lightning.data.normalization import Statistics, normalize
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.recover import Recover, find_packed
 from kdq_lightning.networks import build_network
@@ -88,7 +90,7 @@ def make_module(runs: Path, **changes: object) -> Recover:
     """Return a module that is set up for training."""
 
     class Data:
-        mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+        statistics = Statistics((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
     class FakeTrainer:
         datamodule, ckpt_path = Data(), None
@@ -104,15 +106,17 @@ def make_module(runs: Path, **changes: object) -> Recover:
 def test_loss_and_gradients_are_those_of_a_loop(runs: Path):
     """τ²·KL by hand on the packed file's own outputs; a gain's gradient is Σ of weight times the weight's gradient."""
     module = make_module(runs)
-    images, labels = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(8).long()
-    module.losses(images, labels).loss.backward()
+    generator, labels = torch.Generator().manual_seed(0), torch.zeros(8).long()
+    view = View(torch.rand(8, 3, 16, 16, generator=generator), labels, labels, size=16)
+    module.losses(view).loss.backward()
     reference = load_packed(packed_of(runs / "teacher_cpu"), build_network("resnet8", 10)).eval()
-    target = module.teacher.network(images)  # both have the statistics of the digits
-    tau, student = 4.0, reference(images)
+    inputs = normalize(view.images, module.teacher.statistics)  # both have the statistics of the digits
+    target = module.teacher.network(inputs)
+    tau, student = 4.0, reference(inputs)
     teacher = F.softmax(target / tau, 1)
     loss = tau**2 * (teacher * (teacher.log() - F.log_softmax(student / tau, 1))).sum(1).mean()
     loss.backward()
-    assert torch.allclose(module.losses(images, labels).loss, loss, rtol=1e-5)
+    assert torch.allclose(module.losses(view).loss, loss, rtol=1e-5)
     for name, gain in zip(module._weights, module.gains, strict=True):
         weight = reference.get_parameter(f"{name}.weight")
         assert torch.allclose(gain.grad, (weight * weight.grad).flatten(1).sum(1), rtol=1e-3, atol=1e-6), name

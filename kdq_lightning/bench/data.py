@@ -40,7 +40,7 @@ class NoiseDataModule(ImageDataModule):
     def epoch(self) -> None:
         """Load, augment and normalise every image once."""
         for batch in self.train_dataloader():
-            self.training_view(batch, epoch=0)
+            self.normalize(self.training_view(batch, epoch=0, epochs=1).images)
 
 
 class _PillowImages(Dataset[tuple[Tensor, int]]):

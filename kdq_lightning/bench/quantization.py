@@ -43,7 +43,7 @@ def run(args: Namespace) -> dict[str, Any]:
     if unknown:
         raise UserError(f"unknown method {min(unknown)!r}: choose from {', '.join(NAMES)}")
     trained = load_network(args.weights, args)
-    data = CIFARDataModule(args.dataset, args.root, mean=trained.mean, std=trained.std)
+    data = CIFARDataModule(args.dataset, args.root, **trained.statistics._asdict())
     data.setup()
     model = trained.build()
     figures: dict[str, Any] = {"network": trained.network, "dataset": args.dataset, "hardware": hardware()}

@@ -41,7 +41,8 @@ def main(args: list[str]) -> int:
     content, remark = FORMATS[options.to](trained)
     write_atomically(options.out, content)
     print(f"{options.out}: {trained.network}, {trained.num_classes} classes, {len(content) / 1e6:.2f} MB; {remark}")
-    print(f"inputs: RGB images in [0, 1], minus {list(trained.mean)}, divided by {list(trained.std)}")
+    mean, std = map(list, trained.statistics)
+    print(f"inputs: RGB images in [0, 1], minus {mean}, divided by {std}")
     return 0
 
 
@@ -71,7 +72,7 @@ def to_onnx(trained: TrainedNetwork) -> tuple[bytes, str]:
         UserError: If the extra [onnx] is missing, or onnxruntime computes something else.
     """
     network = trained.build()
-    content = onnx_bytes(network, packed_metadata(trained.network, trained.num_classes, trained.mean, trained.std))
+    content = onnx_bytes(network, packed_metadata(trained.network, trained.num_classes, trained.statistics))
     return content, f"largest difference to torch {onnx_difference(content, network):.1e}"
 
 

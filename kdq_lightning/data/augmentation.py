@@ -1,5 +1,6 @@
 """Stateless batched augmentation: what an image looks like depends on (seed, epoch, image index) and nothing else."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,6 +12,28 @@ from kdq_lightning.random_draws import random_uniform
 _ALTERNATE = 8  # the draw that decides in which epochs an image is mirrored
 
 
+@dataclass(frozen=True)
+class View:
+    """A training batch as one epoch shows it.
+
+    Attributes:
+        images: float32 in [0, 1], (batch, channels, h, w), augmented, in the stored size: what a teacher gets.
+        labels: int64, (batch,), class indices.
+        index: int64, (batch,), canonical index of each image within the training set.
+        size: Side in pixels of the images that the trained network gets in this epoch.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    size: int
+
+    @property
+    def resized(self) -> Tensor:
+        """Return the images for the trained network, (batch, channels, size, size)."""
+        return shrink(self.images, self.size)
+
+
 def augment(
     images: Tensor,
     index: Tensor,
@@ -20,7 +43,7 @@ def augment(
     crop: int = 0,
     flip: bool | Literal["alternate"] = False,
     cutout: int = 0,
-    fill: tuple[int, int, int] = (0, 0, 0),
+    fill: tuple[int, ...] = (0, 0, 0),
 ) -> Tensor:
     """Return one random view of each image: crop, flip, cutout, in this order.
 
@@ -74,7 +97,7 @@ def _places(images: Tensor) -> Tensor:
     return torch.arange(len(images), device=images.device)
 
 
-def _cut_out(images: Tensor, centre_y: Tensor, centre_x: Tensor, side: int, fill: tuple[int, int, int]) -> Tensor:
+def _cut_out(images: Tensor, centre_y: Tensor, centre_x: Tensor, side: int, fill: tuple[int, ...]) -> Tensor:
     def inside(centre: Tensor, length: int) -> Tensor:
         first = (centre * length).long()[:, None] - side // 2
         position = torch.arange(length, device=images.device)

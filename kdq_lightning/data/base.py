@@ -10,15 +10,18 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kdq_lightning.data.augmentation import augment
+from kdq_lightning.data.augmentation import View, augment
 from kdq_lightning.data.images import Batch, ImageSet, stratified_sample
-from kdq_lightning.data.normalization import Statistics, check_statistics, normalize
+from kdq_lightning.data.normalization import Channels, Statistics, normalize, to_unit_range
 from kdq_lightning.data.sampler import GlobalBatchSampler, ResumableLoader
 from kdq_lightning.errors import UserError
 
 
 class ImageDataModule(LightningDataModule, ABC):
-    """Images in memory, whole uint8 batches to the device, augmentation and normalisation there.
+    """Images in memory, whole uint8 batches to the device; there they are augmented and become floats in [0, 1].
+
+    Normalising is left to the networks, each of which may expect other statistics. `statistics` are those of the data,
+    which a network that is trained on them takes over.
 
     A source says what it holds in `__init__` and overrides `read`.
     """
@@ -29,8 +32,8 @@ class ImageDataModule(LightningDataModule, ABC):
         dataset: str,
         num_classes: int,
         image_size: int,
-        mean: Statistics,
-        std: Statistics,
+        mean: Channels,
+        std: Channels,
         batch_size: int = 128,
         val_size: int | float = 5000,
         crop: int = 4,
@@ -72,12 +75,11 @@ class ImageDataModule(LightningDataModule, ABC):
             raise UserError(f"crop and cutout are pixels, 0 or more, got {crop} and {cutout}")
         if image_sizes is not None and not all(1 <= size <= image_size for size in image_sizes or [0]):
             raise UserError(f"image_sizes must be between 1 and {image_size}, the stored size, got {image_sizes}")
-        check_statistics("mean", mean, "std", std)
         self.dataset = dataset
         self.num_classes = num_classes
         self.image_size = image_size
-        self.mean = mean
-        self.std = std
+        self.statistics = Statistics(tuple(mean), tuple(std))
+        self.statistics.check()
         self.batch_size = batch_size
         self.val_size = val_size
         self.crop = crop
@@ -197,12 +199,17 @@ class ImageDataModule(LightningDataModule, ABC):
         )
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Turn uint8 images (batch, 3, h, w) into network inputs, float32."""
-        return normalize(images, self.mean, self.std)
+        """Return images (batch, channels, h, w) normalised by the data's own statistics; see `normalize`."""
+        return normalize(images, self.statistics)
 
-    def training_view(self, batch: Batch, epoch: int) -> Batch:
-        """Augment and normalise a batch of bytes: the view that training sees in this epoch."""
-        red, green, blue = (round(255 * value) for value in self.mean)
+    def training_view(self, batch: Batch, epoch: int, epochs: int) -> View:
+        """Return the view of a batch of bytes that training sees.
+
+        Args:
+            batch: uint8 images with labels and indices.
+            epoch: Epoch that the view belongs to.
+            epochs: Epochs of the whole run.
+        """
         images = augment(
             batch.images,
             batch.index,
@@ -211,9 +218,9 @@ class ImageDataModule(LightningDataModule, ABC):
             crop=self.crop,
             flip=self.flip,
             cutout=self.cutout,
-            fill=(red, green, blue),
+            fill=tuple(round(255 * value) for value in self.statistics.mean),
         )
-        return batch._replace(images=self.normalize(images))
+        return View(to_unit_range(images), batch.labels, batch.index, self.training_size(epoch, epochs))
 
     def view_key(self) -> dict[str, object]:
         """Return what decides, beside the epoch, which views an epoch of training shows; known after setup."""
@@ -223,17 +230,22 @@ class ImageDataModule(LightningDataModule, ABC):
             "images": digest.hexdigest(),
             **{name: getattr(self, name) for name in ("seed", "batch_size", "crop", "flip", "cutout")},
             "trivial_augment": False,  # retired, and in the key of answers that are kept already
-            "statistics of views": [self.mean, self.std],
+            "statistics of views": list(self.statistics),
         }
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Normalise a batch on its device; while training, augment it, too."""
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch | View:
+        """Return images in [0, 1] on their device: while training a `View`, otherwise the batch as it is stored."""
         if not (self.trainer and self.trainer.training):
-            return batch._replace(images=self.normalize(batch.images))
-        return self.training_view(batch, self.trainer.current_epoch)
+            return batch._replace(images=to_unit_range(batch.images))
+        return self.training_view(batch, self.trainer.current_epoch, self.trainer.max_epochs or 1)
 
     def training_size(self, epoch: int, epochs: int) -> int:
-        """Return the side in pixels that the trained network gets images at in an epoch of a run of so many."""
+        """Return the training image size for this epoch, in pixels.
+
+        Args:
+            epoch: The epoch.
+            epochs: Epochs of the whole run.
+        """
         return self.image_sizes[epoch * len(self.image_sizes) // epochs] if self.image_sizes else self.image_size
 
 

@@ -12,7 +12,7 @@ from torchvision.datasets.utils import check_integrity
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.data.folders import class_folders, read_class_folders
 from kdq_lightning.data.images import ImageSet, canonical_set, stratified_sample
-from kdq_lightning.data.normalization import Statistics
+from kdq_lightning.data.normalization import Channels
 from kdq_lightning.errors import UserError
 
 _CIFAR = {
@@ -30,8 +30,8 @@ class CIFARDataModule(ImageDataModule):
         dataset: str = "cifar10",
         root: str | Path = "data",
         download: bool = True,
-        mean: Statistics | None = None,
-        std: Statistics | None = None,
+        mean: Channels | None = None,
+        std: Channels | None = None,
         **options: Any,
     ) -> None:
         """Describe the data; no image is read yet.
@@ -116,8 +116,8 @@ class ImageFolderDataModule(ImageDataModule):
         self,
         root: str | Path,
         image_size: int = 32,
-        mean: Statistics = _IMAGENET_MEAN,
-        std: Statistics = _IMAGENET_STD,
+        mean: Channels = _IMAGENET_MEAN,
+        std: Channels = _IMAGENET_STD,
         val_size: int | float = 0.1,
         **options: Any,
     ) -> None:
@@ -162,8 +162,8 @@ class DigitsDataModule(ImageDataModule):
         val_size: int | float = 0.1,
         crop: int = 1,
         flip: bool = False,
-        mean: Statistics = (0.3051, 0.3051, 0.3051),
-        std: Statistics = (0.3756, 0.3756, 0.3756),
+        mean: Channels = (0.3051, 0.3051, 0.3051),
+        std: Channels = (0.3756, 0.3756, 0.3756),
         **options: Any,
     ) -> None:
         """Describe the data; no image is read yet.

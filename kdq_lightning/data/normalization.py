@@ -1,55 +1,75 @@
-"""Channel statistics: from stored bytes to network inputs, and from one data set's statistics to another's."""
+"""From stored bytes to images in [0, 1], and from those to the inputs that a network expects."""
+
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdq_lightning.errors import UserError
 
-Statistics = tuple[float, float, float]  # one value a channel, of images scaled to [0, 1]
+Channels = tuple[float, ...]  # one value a channel, of images in [0, 1]
 
 
-def check_statistics(mean_name: str, mean: Statistics, std_name: str, std: Statistics) -> None:
-    """Raise a UserError unless each mean is within [0, 1] and each deviation within (0, 1]."""
-    for name, values, good in (
-        (mean_name, mean, all(0 <= value <= 1 for value in mean)),
-        (std_name, std, all(0 < value <= 1 for value in std)),
-    ):
-        if not good:
-            raise UserError(f"{name} belongs to images scaled to [0, 1], one value a channel, got {list(values)}")
+class Statistics(NamedTuple):
+    """Mean and standard deviation of images in [0, 1], which a network expects to be taken out of its inputs.
+
+    Attributes:
+        mean: One value a channel, subtracted.
+        std: One value a channel, divided by.
+    """
+
+    mean: Channels
+    std: Channels
+
+    def check(self, mean_name: str = "mean", std_name: str = "std") -> None:
+        """Refuse values that can't be those of images in [0, 1].
+
+        Args:
+            mean_name: What the message calls the mean.
+            std_name: What the message calls the deviation.
+
+        Raises:
+            UserError: If a mean is outside [0, 1], a deviation outside (0, 1], or one has more values than the other.
+        """
+        for name, values, good in (
+            (mean_name, self.mean, all(0 <= value <= 1 for value in self.mean)),
+            (std_name, self.std, all(0 < value <= 1 for value in self.std) and len(self.mean) == len(self.std)),
+        ):
+            if not good:
+                raise UserError(f"{name} belongs to images scaled to [0, 1], one value a channel, got {list(values)}")
 
 
-def _channels(values: Statistics, like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
+def to_unit_range(images: Tensor) -> Tensor:
+    """Return uint8 images as float32 in [0, 1], of the same shape."""
+    # By a tensor on the device: dividing by a Python number multiplies by its rounded inverse on a GPU.
+    return images.float().div_(_byte_range(images.device))
 
 
-def normalize(images: Tensor, mean: Statistics, std: Statistics) -> Tensor:
-    """Return (images / 255 - mean) / std as float32.
+def normalize(images: Tensor, statistics: Statistics) -> Tensor:
+    """Return (images - mean) / std as float32, of the same shape.
+
+    Bytes and the same bytes `to_unit_range` give equal results, bit for bit: 255 · (byte / 255) is the byte again.
 
     Args:
-        images: uint8, (batch, 3, h, w).
-        mean: Channel means of images in [0, 1].
-        std: Channel standard deviations of images in [0, 1].
+        images: (batch, channels, h, w), float in [0, 1], or uint8 for 0 to 255.
+        statistics: Those that the network expects.
     """
-    scale = 1 / (255 * _channels(std, images))
-    shift = _channels(mean, images) / _channels(std, images)
-    return images.float().mul_(scale).sub_(shift)
+    pixels = images.float() if images.dtype == torch.uint8 else 255 * images.float()
+    scale, shift = _scale_and_shift(statistics, images.device)
+    return pixels.mul_(scale).sub_(shift)
 
 
-def renormalize(images: Tensor, mean: Statistics, std: Statistics, to_mean: Statistics, to_std: Statistics) -> Tensor:
-    """Turn images normalised with one mean and deviation into the same images normalised with another.
+# Kept a device: copying a few numbers to a GPU makes the host wait until the GPU has done all that it was told.
+@cache
+def _byte_range(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(255.0, device=device)
 
-    Args:
-        images: float, (batch, 3, h, w), normalised with `mean` and `std`.
-        mean: Channel means that were subtracted.
-        std: Channel deviations that were divided by.
-        to_mean: Channel means wanted.
-        to_std: Channel deviations wanted.
 
-    Returns:
-        float tensor of the same shape; `images` itself where nothing changes.
-    """
-    if tuple(mean) == tuple(to_mean) and tuple(std) == tuple(to_std):
-        return images
-    scale = _channels(std, images) / _channels(to_std, images)
-    offset = (_channels(mean, images) - _channels(to_mean, images)) / _channels(to_std, images)
-    return images * scale + offset
+@cache
+def _scale_and_shift(statistics: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return 1 / (255 · std) and mean / std, each float32, (channels, 1, 1)."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in statistics)
+        return 1 / (255 * std), mean / std

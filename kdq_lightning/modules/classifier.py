@@ -10,9 +10,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from kdq_lightning.data.augmentation import shrink
+from kdq_lightning.data.augmentation import View
 from kdq_lightning.data.images import Batch
-from kdq_lightning.data.normalization import Statistics, renormalize
+from kdq_lightning.data.normalization import Channels, Statistics, normalize
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import cross_entropy
 from kdq_lightning.modules import muon
@@ -23,13 +23,23 @@ from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.training_epoch import TrainingEpoch
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization.codebooks import QuantizedWeight
-from kdq_lightning.runs.checkpoints import TrainedNetwork, grow_biases, load_state, load_trained, network_state
+from kdq_lightning.runs.checkpoints import (
+    Description,
+    TrainedNetwork,
+    checkpoint_statistics,
+    grow_biases,
+    load_state,
+    load_trained,
+    network_state,
+)
 
 Strategy = Literal["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml", "recover"]
 
 PRINTED = ("train/loss", "train/top1", "val/loss", "val/top1", "val/agreement", "train/images_per_second")
 
 MUON_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+_WEIGHTS_FLAGS = ("--model.init_args.network", "--model.init_args.weights_mean", "--model.init_args.weights_std")
 
 CHECK_EVERY = 50  # steps between two looks at the loss: each look makes the host wait for the device
 
@@ -59,8 +69,8 @@ class Classifier(LightningModule):
         weight_decay: float = 5e-4,
         warmup: float = 0.25,
         weights: str | None = None,
-        weights_mean: Statistics | None = None,
-        weights_std: Statistics | None = None,
+        weights_mean: Channels | None = None,
+        weights_std: Channels | None = None,
         strategy: Strategy = "control",
         optimizer: Literal["muon"] | None = None,
         kernel_learning_rate: float | None = None,
@@ -97,15 +107,13 @@ class Classifier(LightningModule):
         self.network_name, self.num_classes, self.strategy = network, num_classes, strategy
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.optimizer = optimizer
-        self.weights, self.weights_mean, self.weights_std = weights, weights_mean, weights_std
-        self.mean: Statistics | None = None  # of the inputs that the network expects; known from setup on
-        self.std: Statistics | None = None
-        self._data_statistics: tuple[Statistics, Statistics] | None = None  # of the batches that arrive
+        self.weights = weights
+        self.weights_description = Description(network, weights_mean, weights_std, _WEIGHTS_FLAGS)
+        self.statistics: Statistics | None = None  # of the inputs that the networks expect; known from setup on
         self._build_networks()
         for module in self.networks().values():
             module.to(memory_format=torch.channels_last)
         self.scores = Scores(self.networks(), num_classes)
-        self._image_size: int | None = None  # of this epoch's training images
         self._epoch = TrainingEpoch(self.device)
 
     def _build_networks(self) -> None:
@@ -131,44 +139,39 @@ class Classifier(LightningModule):
         """Return the teacher, whose answers quantized networks are compared with; None if there is none."""
         return None
 
-    def losses(self, images: Tensor, labels: Tensor) -> Losses:
-        """Return the loss of a training batch and its parts: what a strategy is.
+    def losses(self, view: View) -> Losses:
+        """Return the loss of a training batch, its named parts and the logits: this is what makes a strategy.
 
         Args:
-            images: (batch, 3, h, w), augmented and normalised, whole: the trained network gets them `resized`.
-            labels: (batch,), class indices.
+            view: The training batch. The trained network gets `view.resized`, a teacher `view.images`.
         """
-        logits = self.network(self.resized(images))
-        ce = cross_entropy(logits, labels)
+        logits = self(view.resized)
+        ce = cross_entropy(logits, view.labels)
         return Losses(ce, {"ce": ce}, logits)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (batch, 3, h, w), normalised as the datamodule does, to logits (batch, classes)."""
+        """Return the logits (batch, classes) of images (batch, channels, h, w) in [0, 1]; of peers, the first one's."""
         logits: Tensor = next(iter(self.networks().values()))(self.normalized(images))
         return logits
 
     def normalized(self, images: Tensor) -> Tensor:
-        """Normalise images as the network expects them, and lay them out as convolutions like them."""
-        if self._data_statistics is not None and self.mean is not None and self.std is not None:
-            images = renormalize(images, *self._data_statistics, self.mean, self.std)
-        return images.contiguous(memory_format=torch.channels_last)
+        """Return images in [0, 1] as inputs of the networks: normalised, and in the memory format of convolutions.
 
-    def resized(self, images: Tensor) -> Tensor:
-        """Resize training images (batch, 3, h, w) to what the trained network gets in this epoch."""
-        return images if self._image_size is None else shrink(images, self._image_size)
+        Args:
+            images: (batch, channels, h, w).
+        """
+        assert self.statistics is not None, "setup or a checkpoint gives the statistics"
+        return normalize(images, self.statistics).contiguous(memory_format=torch.channels_last)
 
     # --- weights and statistics
 
     def setup(self, stage: str) -> None:
         """Take over the data's statistics, or the trained weights and theirs."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data is not None:
-            self._data_statistics = data.mean, data.std
-            if self.mean is None:
-                self.mean, self.std = data.mean, data.std
+        if data is not None and self.statistics is None:
+            self.statistics = data.statistics
         if self.weights is not None:
-            trained = load_trained(self.weights, self.network_name, self.weights_mean, self.weights_std)
-            self._load_networks(trained)
+            self._load_networks(load_trained(self.weights, self.weights_description))
 
     def _load_networks(self, trained: Mapping[str, TrainedNetwork]) -> None:
         if trained.keys() != self.networks().keys():
@@ -180,7 +183,7 @@ class Classifier(LightningModule):
             if source.num_classes != self.num_classes:
                 raise UserError(f"{source.path} has {source.num_classes} classes, the data {self.num_classes}")
             load_state(network, source.state, source.path)
-            self.mean, self.std = source.mean, source.std
+            self.statistics = source.statistics
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down what the weights are, so that they can be read without this class."""
@@ -190,7 +193,8 @@ class Classifier(LightningModule):
             name: {"network": self.network_names()[name], "prefix": f"{prefixes[id(network)]}."}
             for name, network in self.networks().items()
         }
-        checkpoint["data"] = {"num_classes": self.num_classes, "mean": self.mean, "std": self.std}
+        assert self.statistics is not None, "set by setup"
+        checkpoint["data"] = {"num_classes": self.num_classes, **self.statistics._asdict()}
         checkpoint["plan"] = self.resume_requirements()
 
     def resume_requirements(self) -> dict[str, str | int | None]:
@@ -205,7 +209,7 @@ class Classifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the weights' statistics, and make room for biases that came from a packed file."""
-        self.mean, self.std = checkpoint["data"]["mean"], checkpoint["data"]["std"]
+        self.statistics = checkpoint_statistics(checkpoint)
         for name, network in self.networks().items():
             grow_biases(network, network_state(checkpoint, name))
 
@@ -266,9 +270,7 @@ class Classifier(LightningModule):
         self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch, and look up the size of its images."""
-        data, epochs = self.trainer.datamodule, self.trainer.max_epochs  # type: ignore[attr-defined]
-        self._image_size = data.training_size(self.current_epoch, epochs) if data is not None else None
+        """Start the epoch's sums and its clock."""
         self._epoch = TrainingEpoch(self.device)
 
     def on_validation_start(self) -> None:
@@ -279,9 +281,9 @@ class Classifier(LightningModule):
         """Let the clock go on."""
         self._epoch.resume_clock()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: View, batch_idx: int) -> Tensor:
         """Return the strategy's loss; its parts are summed on the device and logged once an epoch."""
-        losses = self.losses(self.normalized(batch.images), batch.labels)
+        losses = self.losses(batch)
         with torch.no_grad():
             values = {"loss": losses.loss, **losses.parts}
             if losses.logits is not None:

@@ -6,13 +6,20 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from kdq_lightning.data.augmentation import View
 from kdq_lightning.data.images import Batch
-from kdq_lightning.data.normalization import Statistics
+from kdq_lightning.data.normalization import Channels
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.modules.logit_cache import LogitCache
 from kdq_lightning.modules.teacher import Teacher
-from kdq_lightning.runs.checkpoints import load_trained
+from kdq_lightning.runs.checkpoints import Description, load_trained
+
+_TEACHER_FLAGS = (
+    "--model.init_args.teacher_network",
+    "--model.init_args.teacher_mean",
+    "--model.init_args.teacher_std",
+)
 
 
 class Distillation(Classifier):
@@ -22,8 +29,8 @@ class Distillation(Classifier):
         self,
         teacher: str,
         teacher_network: str | None = None,
-        teacher_mean: Statistics | None = None,
-        teacher_std: Statistics | None = None,
+        teacher_mean: Channels | None = None,
+        teacher_std: Channels | None = None,
         teacher_cache: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -41,11 +48,11 @@ class Distillation(Classifier):
             **kwargs: Those of `Classifier`.
         """
         super().__init__(**kwargs)
-        self.teacher_source = (teacher, teacher_network, teacher_mean, teacher_std)
+        self.teacher_source = teacher
+        self.teacher_description = Description(teacher_network, teacher_mean, teacher_std, _TEACHER_FLAGS)
         self.teacher: Teacher | None = None
         self.teacher_cache = teacher_cache
         self._cache: LogitCache | None = None
-        self._index = torch.empty(0)  # of the batch's images
         self.agreement = MeanMetric()
         self._teacher_top1: dict[int, Tensor] = {}
 
@@ -56,15 +63,16 @@ class Distillation(Classifier):
             self.teacher = self._load_teacher()
 
     def _load_teacher(self) -> Teacher:
-        trained = next(iter(load_trained(*self.teacher_source, option="teacher").values()))
-        if self.teacher_source[1] not in (None, trained.network):
-            raise UserError(f"the teacher in {trained.path} is a {trained.network}, not a {self.teacher_source[1]}")
+        trained = next(iter(load_trained(self.teacher_source, self.teacher_description).values()))
+        wanted = self.teacher_description.network
+        if wanted not in (None, trained.network):
+            raise UserError(f"the teacher in {trained.path} is a {trained.network}, not a {wanted}")
         if trained.num_classes != self.num_classes:
             raise UserError(
                 f"the teacher in {trained.path} has {trained.num_classes} classes, the data {self.num_classes}:"
                 " give --model.init_args.teacher a network trained on this data"
             )
-        return Teacher(trained.build(), trained.mean, trained.std)
+        return Teacher(trained.build(), trained.statistics)
 
     def find_teacher(self) -> Teacher | None:
         """Return the teacher; None if it isn't there any more, as a student outlives its teacher's file."""
@@ -79,7 +87,7 @@ class Distillation(Classifier):
             self.teacher.network.to(self.device)
         if self.teacher is not None and self.teacher_cache is not None:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            key = {"teacher": self.teacher.digest, "statistics": [self.teacher.mean, self.teacher.std]}
+            key = {"teacher": self.teacher.digest, "statistics": list(self.teacher.statistics)}
             key["precision"] = str(self.trainer.precision)
             self._cache = LogitCache(self.teacher_cache, key | data.view_key())
 
@@ -111,11 +119,6 @@ class Distillation(Classifier):
         batch_size: int = min(data.batch_size, len(data.train_index))
         return int(self.trainer.num_training_batches) * batch_size
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Note whose views these are."""
-        self._index = batch.index
-        return super().training_step(batch, batch_idx)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down which weights have taught."""
         super().on_save_checkpoint(checkpoint)
@@ -131,27 +134,31 @@ class Distillation(Classifier):
         super().on_load_checkpoint(checkpoint)
         if self.teacher is not None and checkpoint.get("teacher", self.teacher.digest) != self.teacher.digest:
             raise UserError(
-                f"the teacher in {self.teacher_source[0]} has other weights than the one that this run began with: put"
+                f"the teacher in {self.teacher_source} has other weights than the one that this run began with: put"
                 " that one back, or start again without --ckpt_path"
             )
 
     def teacher_logits(self, images: Tensor) -> Tensor:
-        """Return the teacher's logits (batch, classes) for the very images (batch, 3, h, w) that `losses` gets."""
-        assert self.teacher is not None and self.mean is not None and self.std is not None, "set by setup('fit')"
-        return self.teacher.logits(images, self.mean, self.std)
+        """Return the teacher's logits (batch, classes) of images (batch, channels, h, w) in [0, 1]."""
+        assert self.teacher is not None, "set by setup('fit')"
+        return self.teacher.logits(images)
 
-    def cached_teacher_logits(self, images: Tensor) -> Tensor:
-        """Return the same for images that are exactly the batch's views, which the cache may know."""
+    def cached_teacher_logits(self, view: View) -> Tensor:
+        """Return the teacher's logits (batch, classes) of a view as the datamodule gave it, from the cache if it can.
+
+        Args:
+            view: The training batch; changed images, such as mixed ones, are not in the cache.
+        """
         if self._cache is None:
-            return self.teacher_logits(images)
-        return self._cache.logits(self._index, lambda: self.teacher_logits(images))
+            return self.teacher_logits(view.images)
+        return self._cache.logits(view.index, lambda: self.teacher_logits(view.images))
 
     def _evaluate(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Add the agreement with the teacher, whose answers on the validation images are computed once."""
         logits = super()._evaluate(batch, batch_idx)
         if self.teacher is not None and self.fitting:
             if batch_idx not in self._teacher_top1:
-                self._teacher_top1[batch_idx] = self.teacher_logits(self.normalized(batch.images)).argmax(1)
+                self._teacher_top1[batch_idx] = self.teacher_logits(batch.images).argmax(1)
             same = [values.argmax(1) == self._teacher_top1[batch_idx] for values in logits.values()]
             self.agreement.update(torch.stack(same).float())
         return logits

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
-
+from kdq_lightning.data.augmentation import View
 from kdq_lightning.errors import check_range
 from kdq_lightning.losses import cross_entropy, dkd_parts
 from kdq_lightning.modules.classifier import Losses, Strategy
@@ -40,11 +39,11 @@ class DecoupledKD(Distillation):
         """W = min((epoch + 1) / max(1, epochs / 12), 1)."""
         return min((self.current_epoch + 1) / max(1, (self.trainer.max_epochs or 1) / 12), 1.0)
 
-    def losses(self, images: Tensor, labels: Tensor) -> Losses:
+    def losses(self, view: View) -> Losses:
         """CE + w·τ²·(α·TCKD + β·NCKD)."""
-        logits = self.network(self.resized(images))
-        ce = cross_entropy(logits, labels)
-        parts = dkd_parts(logits, self.cached_teacher_logits(images), labels, self.temperature)
+        logits = self(view.resized)
+        ce = cross_entropy(logits, view.labels)
+        parts = dkd_parts(logits, self.cached_teacher_logits(view), view.labels, self.temperature)
         tckd, nckd = (self.temperature**2 * part.mean() for part in parts)
         loss = ce + self.ramp() * (self.alpha * tckd + self.beta * nckd)
         return Losses(loss, {"ce": ce, "tckd": tckd, "nckd": nckd}, logits)

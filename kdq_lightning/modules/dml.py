@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from kdq_lightning.data.augmentation import View
 from kdq_lightning.errors import UserError
 from kdq_lightning.losses import mutual_loss
 from kdq_lightning.modules.classifier import Classifier, Losses, Strategy
@@ -60,11 +61,11 @@ class MutualLearning(Classifier):
             trained = {"peer0": alone}
         super()._load_networks(trained)
 
-    def losses(self, images: Tensor, labels: Tensor) -> Losses:
+    def losses(self, view: View) -> Losses:
         """Σ_i of the peers' losses; each is logged apart."""
-        images = self.resized(images)
+        images = self.normalized(view.resized)
         logits = [peer(images) for peer in self.peers]
-        losses = mutual_loss(logits, labels)
+        losses = mutual_loss(logits, view.labels)
         parts = {f"loss/peer{i}": loss for i, loss in enumerate(losses)}
         return Losses(torch.stack(losses).sum(), parts, torch.stack(logits))
 

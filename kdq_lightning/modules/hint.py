@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq_lightning.data.images import Batch
+from kdq_lightning.data.augmentation import View
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import hint_loss
 from kdq_lightning.modules.classifier import Losses, Strategy
@@ -71,21 +71,19 @@ class HintKD(VanillaKD):
         half = stage2_modules(self.network)
         return [child for child in self.network.children() if all(child is not module for module in half)]
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: View, batch_idx: int) -> None:
         """Forget stage 1's momentum when stage 2 begins."""
         if self.global_step == self.hint_steps:
             self.trainer.optimizers[0].state.clear()
 
-    def losses(self, images: Tensor, labels: Tensor) -> Losses:
+    def losses(self, view: View) -> Losses:
         """The hint loss in stage 1, the vanilla loss in stage 2."""
-        assert (
-            self.teacher is not None and self.mean is not None and self.std is not None and self.regressor is not None
-        )
+        assert self.teacher is not None and self.regressor is not None, "set by setup('fit')"
         if self.global_step >= self.hint_steps:
-            losses = super().losses(images, labels)
+            losses = super().losses(view)
             return losses._replace(loss=losses.loss + self._zero([self.regressor]))
-        features = self.regressor(stage2_features(self.network, self.resized(images)))
-        wanted = F.adaptive_avg_pool2d(self.teacher.features(images, self.mean, self.std), features.shape[-2:])
+        features = self.regressor(stage2_features(self.network, self.normalized(view.resized)))
+        wanted = F.adaptive_avg_pool2d(self.teacher.features(view.images), features.shape[-2:])
         hint = hint_loss(features, wanted)
         return Losses(hint + self._zero(self._rest()), {"hint": hint}, None)
 

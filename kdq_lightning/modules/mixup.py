@@ -1,10 +1,11 @@
 """Mixup distillation (function matching): student and teacher see the same mixed images."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from kdq_lightning.data.augmentation import View
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import cross_entropy, kd_loss, mixup, partner
 from kdq_lightning.modules.classifier import Losses, Strategy
@@ -51,11 +52,11 @@ class MixupKD(Distillation):
         key = [self.trainer.datamodule.seed, self.current_epoch, self.global_step]  # type: ignore[attr-defined]
         return float(np.random.default_rng(key).beta(self.mixup_alpha, self.mixup_alpha))
 
-    def losses(self, images: Tensor, labels: Tensor) -> Losses:
+    def losses(self, view: View) -> Losses:
         """Mix the batch, then a·CE + (1 - a)·KD on it."""
         lam = self.draw_lambda()
-        mixed = mixup(images, lam)
-        logits = self.network(self.resized(mixed))
-        ce = lam * cross_entropy(logits, labels) + (1 - lam) * cross_entropy(logits, partner(labels))
-        kd = kd_loss(logits, self.teacher_logits(mixed), self.temperature)
+        mixed = replace(view, images=mixup(view.images, lam))
+        logits = self(mixed.resized)
+        ce = lam * cross_entropy(logits, view.labels) + (1 - lam) * cross_entropy(logits, partner(view.labels))
+        kd = kd_loss(logits, self.teacher_logits(mixed.images), self.temperature)
         return Losses(self.label_weight * ce + (1 - self.label_weight) * kd, {"ce": ce, "kd": kd}, logits)

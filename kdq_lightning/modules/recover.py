@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from kdq_lightning.data.augmentation import View
+from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.files import file_digest
 from kdq_lightning.losses import kd_loss
@@ -72,7 +74,7 @@ class Recover(Distillation):
                 " give --model.init_args.network its name, or another file"
             )
         load_packed(path, self.network)
-        self.mean, self.std = tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"]))
+        self.statistics = Statistics(*(tuple(json.loads(metadata[name])) for name in ("mean", "std")))
         self._weights, self._digest = read_weights(path), file_digest(path)
         for i, weight in enumerate(self._weights.values()):
             self.gains.append(nn.Parameter(torch.ones_like(weight.scale)))
@@ -118,10 +120,10 @@ class Recover(Distillation):
             found[f"{name}.weight"] = (gain * scale).reshape(-1, *[1] * (levels.ndim - 1)) * levels
         return found
 
-    def losses(self, images: Tensor, labels: Tensor) -> Losses:
+    def losses(self, view: View) -> Losses:
         """τ²·KL(target ‖ network)."""
-        logits: Tensor = functional_call(self.network, self.quantized_weights(), (self.resized(images),))
-        kd = kd_loss(logits, self.cached_teacher_logits(images), self.temperature)
+        logits: Tensor = functional_call(self.network, self.quantized_weights(), (self.normalized(view.resized),))
+        kd = kd_loss(logits, self.cached_teacher_logits(view), self.temperature)
         return Losses(kd, {"kd": kd}, logits)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from kdq_lightning.data.normalization import Statistics, renormalize
+from kdq_lightning.data.normalization import Statistics, normalize
 from kdq_lightning.networks import stage2_features
 
 
@@ -16,26 +16,34 @@ class Teacher:
     It is no `nn.Module`, so that neither checkpoints nor DDP see its weights.
     """
 
-    def __init__(self, network: nn.Module, mean: Statistics, std: Statistics) -> None:
-        """Freeze the network."""
+    def __init__(self, network: nn.Module, statistics: Statistics) -> None:
+        """Freeze the network.
+
+        Args:
+            network: Trained; it stays on its device.
+            statistics: Those that it expects of its inputs.
+        """
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.mean, self.std = mean, std
+        self.statistics = statistics
 
     @cached_property
     def digest(self) -> str:
-        """Tells one teacher's weights from another's."""
+        """A hash of the weights, 32 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)
         for tensor in self.network.state_dict().values():
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     @torch.no_grad()
-    def logits(self, images: Tensor, mean: Statistics, std: Statistics) -> Tensor:
-        """Return logits (batch, classes) of images (batch, 3, h, w) that are normalised by the given statistics."""
-        logits: Tensor = self.network(renormalize(images, mean, std, self.mean, self.std))
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the logits (batch, classes) of images (batch, channels, h, w) in [0, 1]."""
+        logits: Tensor = self.network(self._normalized(images))
         return logits
 
     @torch.no_grad()
-    def features(self, images: Tensor, mean: Statistics, std: Statistics) -> Tensor:
-        """Return the features after the second stage, (batch, channels, h', w'); see `logits`."""
-        return stage2_features(self.network, renormalize(images, mean, std, self.mean, self.std))
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features after the second stage, (batch, channels, h', w'), of images in [0, 1]."""
+        return stage2_features(self.network, self._normalized(images))
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return normalize(images, self.statistics).contiguous(memory_format=torch.channels_last)

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
-
+from kdq_lightning.data.augmentation import View
 from kdq_lightning.errors import check_range
 from kdq_lightning.losses import cross_entropy, kd_loss
 from kdq_lightning.modules.classifier import Losses, Strategy
@@ -32,9 +31,9 @@ class VanillaKD(Distillation):
         check_range("temperature", temperature, low=0)
         self.label_weight, self.temperature = label_weight, temperature
 
-    def losses(self, images: Tensor, labels: Tensor) -> Losses:
+    def losses(self, view: View) -> Losses:
         """a·CE + (1 - a)·KD."""
-        logits = self.network(self.resized(images))
-        ce = cross_entropy(logits, labels)
-        kd = kd_loss(logits, self.cached_teacher_logits(images), self.temperature)
+        logits = self(view.resized)
+        ce = cross_entropy(logits, view.labels)
+        kd = kd_loss(logits, self.cached_teacher_logits(view), self.temperature)
         return Losses(self.label_weight * ce + (1 - self.label_weight) * kd, {"ce": ce, "kd": kd}, logits)

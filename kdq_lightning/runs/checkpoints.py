@@ -12,19 +12,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from kdq_lightning.data.normalization import Statistics, check_statistics
+from kdq_lightning.data.normalization import Channels, Statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import NETWORKS, build_network
 from kdq_lightning.quantization.packing import is_packed, unpack
 
 FINISHED = "finished"  # an empty file in a version's folder: its training came to its end
 
-FLAGS = {
-    "weights": ("--model.init_args.network", "--model.init_args.weights_mean", "--model.init_args.weights_std"),
-    "teacher": ("--model.init_args.teacher_network", "--model.init_args.teacher_mean", "--model.init_args.teacher_std"),
-    "": ("--network", "--mean", "--std"),
-}
-"""What the command line calls a network's name and the statistics of its inputs, by the option that names its file."""
+
+@dataclass(frozen=True)
+class Description:
+    """What a user says of a plain state dict, which says nothing of itself.
+
+    Attributes:
+        network: Name of its network.
+        mean: Channel means of the network's inputs.
+        std: Channel deviations of the network's inputs.
+        flags: What the command line calls these three, for messages.
+    """
+
+    network: str | None = None
+    mean: Channels | None = None
+    std: Channels | None = None
+    flags: tuple[str, str, str] = ("--network", "--mean", "--std")
 
 
 @dataclass(frozen=True)
@@ -34,16 +44,14 @@ class TrainedNetwork:
     Attributes:
         network: Its name in `networks.NETWORKS`.
         num_classes: Width of its last layer.
-        mean: Channel means of the inputs that it expects, for images in [0, 1].
-        std: Channel deviations of the inputs that it expects.
+        statistics: Those of the inputs that it expects.
         state: Its state dict; it may hold biases that layers gained by quantization (see `grow_biases`).
         path: The file that it was read from.
     """
 
     network: str
     num_classes: int
-    mean: Statistics
-    std: Statistics
+    statistics: Statistics
     state: dict[str, Tensor]
     path: Path
 
@@ -58,21 +66,20 @@ class TrainedNetwork:
         return module.eval()
 
 
-def packed_metadata(network: str, num_classes: int, mean: Statistics, std: Statistics, **more: str) -> dict[str, str]:
+def packed_metadata(network: str, num_classes: int, statistics: Statistics, **more: str) -> dict[str, str]:
     """Return what a packed file says of its network, so that the file is enough to use it.
 
     Args:
         network: Its name in `networks.NETWORKS`.
         num_classes: Width of its last layer; a decimal number in the file.
-        mean: Channel means of its inputs, for images in [0, 1]; a JSON list in the file, as `std`.
-        std: Channel deviations of its inputs.
+        statistics: Those of its inputs; two JSON lists, `mean` and `std`, in the file.
         **more: What else a reader should know, as it is.
     """
     return {
         "network": network,
         "num_classes": str(num_classes),
-        "mean": json.dumps(mean),
-        "std": json.dumps(std),
+        "mean": json.dumps(statistics.mean),
+        "std": json.dumps(statistics.std),
         **more,
     }
 
@@ -168,54 +175,53 @@ def versions(run: Path) -> list[Path]:
     return sorted(numbered, key=lambda folder: int(folder.name.removeprefix("version_")))
 
 
-def load_trained(
-    path: str | Path,
-    network: str | None = None,
-    mean: Statistics | None = None,
-    std: Statistics | None = None,
-    option: str = "weights",
-) -> dict[str, TrainedNetwork]:
+def load_trained(path: str | Path, described: Description = Description()) -> dict[str, TrainedNetwork]:
     """Read the trained networks that a path stands for, by name (`peer0`, ... for mutual learning, else the network's).
 
     Args:
         path: A run folder, a checkpoint of ours, a packed file, or a plain `.safetensors` state dict.
-        network: The network's name; what a file says of itself comes before this, `mean` and `std`.
-        mean: Channel means of the network's inputs.
-        std: Channel deviations of the network's inputs.
-        option: A key of `FLAGS`, for the error's sentence.
+        described: What is known of the network; what a file says of itself comes before this.
 
     Raises:
         UserError: If nothing is there, it can't be read, or it says too little of itself.
     """
     file = find_checkpoint(path)
     if file.suffix == ".safetensors" or is_packed(file):
-        return _from_safetensors(file, network, mean, std, option)
+        trained = _from_safetensors(file, described)
+        return {trained.network: trained}
     checkpoint = read_checkpoint(file)
-    data = checkpoint["data"]
     return {
         name: TrainedNetwork(
-            entry["network"], data["num_classes"], data["mean"], data["std"], network_state(checkpoint, name), file
+            entry["network"],
+            checkpoint["data"]["num_classes"],
+            checkpoint_statistics(checkpoint),
+            network_state(checkpoint, name),
+            file,
         )
         for name, entry in checkpoint["networks"].items()
     }
 
 
-def _from_safetensors(
-    file: Path, network: str | None, mean: Statistics | None, std: Statistics | None, option: str
-) -> dict[str, TrainedNetwork]:
+def checkpoint_statistics(checkpoint: Mapping[str, Any]) -> Statistics:
+    """Return the statistics that the networks in a checkpoint of ours expect of their inputs."""
+    return Statistics(checkpoint["data"]["mean"], checkpoint["data"]["std"])
+
+
+def _from_safetensors(file: Path, described: Description) -> TrainedNetwork:
     state, metadata = unpack(file) if is_packed(file) else (_read_state_dict(file), {})
-    network = metadata.get("network", network)
-    mean, std = _statistics_in(file, metadata, "mean") or mean, _statistics_in(file, metadata, "std") or std
+    network = metadata.get("network", described.network)
+    mean, std = (_channels_in(file, metadata, name) or getattr(described, name) for name in ("mean", "std"))
     if network is None or mean is None or std is None:
-        missing = [flag for flag, value in zip(FLAGS[option], (network, mean, std), strict=True) if value is None]
+        missing = [flag for flag, value in zip(described.flags, (network, mean, std), strict=True) if value is None]
         raise UserError(f"{file} says too little of its network: give {', '.join(missing)}")
-    check_statistics(FLAGS[option][1], mean, FLAGS[option][2], std)
+    statistics = Statistics(mean, std)
+    statistics.check(*described.flags[1:])
     if network not in NETWORKS:
         raise UserError(f"unknown network {network!r}: choose one of {', '.join(NETWORKS)}")
     head = [value for value in state.values() if value.ndim == 2]
     if not head:
         raise UserError(f"{file} holds no linear layer, so it is no classifier's state dict")
-    return {network: TrainedNetwork(network, len(head[-1]), mean, std, state, file)}
+    return TrainedNetwork(network, len(head[-1]), statistics, state, file)
 
 
 def _read_state_dict(file: Path) -> dict[str, Tensor]:
@@ -225,7 +231,7 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} cannot be read as safetensors ({error}); it is truncated or foreign") from error
 
 
-def _statistics_in(file: Path, metadata: Mapping[str, str], name: str) -> Statistics | None:
+def _channels_in(file: Path, metadata: Mapping[str, str], name: str) -> Channels | None:
     """Return a mean or deviation that a packed file's metadata holds as a JSON list; None if it holds none."""
     if name not in metadata:
         return None
@@ -256,4 +262,4 @@ def load_network(path: str | Path, options: Namespace) -> TrainedNetwork:
         UserError: If nothing is there, it can't be read, or it says too little of itself.
     """
     mean, std = (tuple(values) if values else None for values in (options.mean, options.std))
-    return next(iter(load_trained(path, options.network, mean, std, option="").values()))
+    return next(iter(load_trained(path, Description(options.network, mean, std)).values()))

@@ -229,7 +229,7 @@ class Meter:
             module = kind(num_classes=data.num_classes, **given)
             if isinstance(module, Distillation):
                 network = build_network(str(teacher), data.num_classes).to(self.device)
-                module.teacher = Teacher(network, data.mean, data.std)
+                module.teacher = Teacher(network, data.statistics)
             own = data.batch_size, data.image_sizes
             data.batch_size, data.image_sizes = batch_size, [size]
             try:
@@ -248,7 +248,7 @@ class Meter:
             if str(other.folder) == model["teacher"]:
                 taught_by = self.configs[other]["model"]["init_args"]
                 return str(taught_by.get("network") or taught_by["networks"][0])
-        return next(iter(load_trained(model["teacher"], option="teacher").values())).network
+        return next(iter(load_trained(model["teacher"]).values())).network
 
     def _finds_answers(self, run: Run) -> bool:
         """Whether a run before it, not beside it, keeps the teacher's answers for it."""

@@ -114,7 +114,7 @@ class PostTrainingQuantization(Callback):
         missing = run.missing(name, [max(carried)] if carried else [*self.bits, FLOAT_BITS])
         if not missing:
             return
-        network, (mean, std) = run.network(name), run.statistics(name)
+        network, statistics = run.network(name), run.statistics(name)
         bars.start(name, len({*missing, FLOAT_BITS}) * sum(len(split.labels) for split in run.splits.values()))
 
         def on_images(count: int) -> None:
@@ -126,7 +126,7 @@ class PostTrainingQuantization(Callback):
             run.stop_if_terminated()
 
         def measure(candidate: nn.Module) -> Evaluations:
-            return {key: evaluate(candidate, split, mean, std, on_images) for key, split in run.splits.items()}
+            return {key: evaluate(candidate, split, statistics, on_images) for key, split in run.splits.items()}
 
         floats = measure(network)
         if carried:  # it is quantized already
@@ -138,7 +138,7 @@ class PostTrainingQuantization(Callback):
         if not widths:
             return
         with full_float32(run.device):
-            images = normalize(calibration.to(run.device), mean, std)
+            images = normalize(calibration.to(run.device), statistics)
             quantized = quantize(
                 network, [images], widths, solver=self.solver, codebook=self.codebook, progress=on_layer
             )

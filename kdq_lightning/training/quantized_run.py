@@ -142,11 +142,11 @@ class QuantizedRun:
             return self.module.packed_weights()
         return self.module.packed_weights(read_checkpoint(file)["state_dict"])
 
-    def statistics(self, name: str) -> tuple[Statistics, Statistics]:
-        """Return channel means and deviations of a network's inputs."""
-        source = self._trained.get(name, self.module)
-        assert source.mean is not None and source.std is not None, "set by the module's setup"
-        return source.mean, source.std
+    def statistics(self, name: str) -> Statistics:
+        """Return the statistics that a network expects of its inputs."""
+        statistics = self._trained[name].statistics if name in self._trained else self.module.statistics
+        assert statistics is not None, "set by the module's setup"
+        return statistics
 
     def calibration_share(self, count: int) -> Tensor:
         """Return this rank's block of the calibration images, uint8, (images, 3, h, w).
@@ -167,7 +167,7 @@ class QuantizedRun:
         if teacher is None:
             return {}
         network = teacher.network.to(self.device)
-        return {name: evaluate(network, split, teacher.mean, teacher.std) for name, split in self.splits.items()}
+        return {name: evaluate(network, split, teacher.statistics) for name, split in self.splits.items()}
 
     def save_float(self, name: str, network: nn.Module, found: Evaluations) -> None:
         """Record the float network; its bytes are those of a `.safetensors` file of its state dict."""
@@ -232,10 +232,12 @@ class QuantizedRun:
         self.on_rank_zero(write)
 
     def _metadata(self, name: str, record: Record) -> dict[str, str]:
-        mean, std = self.statistics(name)
         more = ("dataset", "strategy", "peer", "seed", "bits", "config_hash")
         return packed_metadata(
-            record.network, self.module.num_classes, mean, std, **{key: str(getattr(record, key)) for key in more}
+            record.network,
+            self.module.num_classes,
+            self.statistics(name),
+            **{key: str(getattr(record, key)) for key in more},
         )
 
     def _record(self, name: str, bits: int, found: Evaluations, floats: Evaluations | None, **measured: Any) -> Record:
