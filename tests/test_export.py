@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdq_lightning.cli import main
-from kdq_lightning.commands import export
+from kdq_lightning.commands import export, onnx_export
 from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import Quantized, quantize
@@ -81,8 +81,9 @@ def test_onnx_computes_what_torch_does(quantized: Quantized, packed: str):
 
 @pytest.mark.parametrize("wrong", [1e-2, float("nan")])
 def test_onnx_that_computes_something_else_is_not_written(wrong, quantized, packed: str, monkeypatch, capsys):
-    monkeypatch.setattr(export, "onnx_bytes", lambda network, metadata: b"")
-    monkeypatch.setattr(export, "onnx_session", lambda content: lambda images: quantized.model(images) + wrong)
+    monkeypatch.setattr(export, "onnx_bytes", lambda *_: b"")
+    monkeypatch.setattr(onnx_export, "_computed_weights", lambda *_: {})
+    monkeypatch.setattr(onnx_export, "onnx_session", lambda content: lambda images: quantized.model(images) + wrong)
     assert main(["export", packed, "--to=onnx", "--out=net.onnx"]) == 1
     assert "differ from torch's by" in capsys.readouterr().err
     assert not Path("net.onnx").exists()
@@ -107,7 +108,9 @@ def test_what_is_refused(packed: str, capsys: pytest.CaptureFixture[str]):
         (["nothing.safetensors", "--to=state_dict", "--out=x"], "nothing.safetensors does not exist"),
         (["cut.safetensors", "--to=state_dict", "--out=x"], "truncated"),
         (["damaged.safetensors", "--to=state_dict", "--out=x"], "checksum"),
-        ([packed, "--to=tflite", "--out=x"], "'tflite' (choose from 'state_dict', 'onnx')"),
+        ([packed, "--to=tflite", "--out=x"], "'tflite' (choose from 'state_dict', 'onnx', 'torch_export')"),
+        ([packed, "--to=state_dict", "--weights=planes", "--out=x"], "--weights belongs to --to onnx"),
+        ([packed, "--to=onnx", "--weights=int", "--out=x"], "'int' (choose from 'planes', 'qdq', 'float')"),
         ([packed, "--to=state_dict"], "required: out"),
         ([packed, "--to=state_dict", f"--out=./{packed}"], "is the file that is exported"),
         ([packed, "--to=state_dict", "--out=folder"], "folder could not be written"),

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor, nn
 
 from kdq_lightning.bench.measure import Timing, hardware, interleaved, print_table
-from kdq_lightning.commands.export import onnx_bytes, onnx_session, silence
+from kdq_lightning.commands.onnx_export import onnx_bytes, onnx_session, silence
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import load_packed, quantize
@@ -117,7 +117,7 @@ def _cuda_engine(network: nn.Module) -> Engine:
 
 
 def _onnx_engines(network: nn.Module) -> list[Engine]:
-    content = onnx_bytes(network, {})
+    content = onnx_bytes(network, {}, {}, "float")
     int8 = _int8_bytes(content)
     return [
         Engine("onnxruntime float32", onnx_session(content), len(content)),

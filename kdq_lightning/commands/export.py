@@ -1,19 +1,16 @@
-"""Write a trained or packed network as a file that other tools read; low-bit weights are dequantized to float32."""
+"""`kdq export`: write a trained or packed network as a file that other tools read."""
 
-import importlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import io
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from kdq_lightning.commands.arguments import OneLineErrors
+from kdq_lightning.commands.onnx_export import KINDS, check_onnx, onnx_bytes, silence
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
 from kdq_lightning.networks import build_network
+from kdq_lightning.quantization.packing import is_packed, read_weights
 from kdq_lightning.runs.checkpoints import (
     TrainedNetwork,
     add_network_arguments,
@@ -22,8 +19,6 @@ from kdq_lightning.runs.checkpoints import (
     state_dict_bytes,
 )
 
-TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order stay far below
-
 
 def main(args: list[str]) -> int:
     """Run `kdq export`."""
@@ -31,14 +26,25 @@ def main(args: list[str]) -> int:
     parser.add_argument(
         "packed", metavar="PACKED", type=Path, help="Packed file; a run folder, checkpoint or state dict will do, too."
     )
-    parser.add_argument("--to", choices=list(FORMATS), required=True, help="What to write.")
+    parser.add_argument("--to", choices=list(TARGETS), required=True, help="What to write.")
+    parser.add_argument(
+        "--weights",
+        choices=list(KINDS),
+        default=None,
+        help="How an ONNX file stores quantized weights: bit planes (default), integers, or float32.",
+    )
     parser.add_argument("--out", type=Path, required=True, help="The file; missing folders are made.")
     add_network_arguments(parser)
     options = parser.parse_args(args)
     trained = load_network(options.packed, options)
     if options.out.resolve() == trained.path.resolve():
         raise UserError(f"--out {options.out} is the file that is exported: choose another name")
-    content, remark = FORMATS[options.to](trained)
+    if options.weights is not None and options.to != "onnx":
+        raise UserError(f"--weights belongs to --to onnx, and --to {options.to} writes float32: leave it out")
+    if options.to == "onnx":
+        content, remark = to_onnx(trained, options.weights)
+    else:
+        content, remark = to_state_dict(trained) if options.to == "state_dict" else to_torch_export(trained)
     write_atomically(options.out, content)
     print(f"{options.out}: {trained.network}, {trained.num_classes} classes, {len(content) / 1e6:.2f} MB; {remark}")
     mean, std = map(list, trained.statistics)
@@ -65,93 +71,59 @@ def to_state_dict(trained: TrainedNetwork) -> tuple[bytes, str]:
     return state_dict_bytes(network), remark
 
 
-def to_onnx(trained: TrainedNetwork) -> tuple[bytes, str]:
-    """Return an ONNX file that onnxruntime reads with torch's outputs, and a remark for the user.
+def to_onnx(trained: TrainedNetwork, kind: str | None) -> tuple[bytes, str]:
+    """Return an ONNX file that onnxruntime has read with torch's outputs, and a remark for the user.
+
+    Args:
+        trained: The network.
+        kind: How the file stores quantized weights, a key of `onnx_export.KINDS`; bit planes if not given, and float32
+            of a network that has none.
 
     Raises:
-        UserError: If the extra [onnx] is missing, or onnxruntime computes something else.
+        UserError: If the extra [onnx] is missing, the kind doesn't fit, or onnxruntime computes something else.
     """
+    weights = read_weights(trained.path) if is_packed(trained.path) else {}
+    kind = kind or ("planes" if weights else "float")
+    if kind != "float" and not weights:
+        raise UserError(f"{trained.path} has no quantized weights: give a packed file, or --weights float")
     network = trained.build()
-    content = onnx_bytes(network, packed_metadata(trained.network, trained.num_classes, trained.statistics))
-    return content, f"largest difference to torch {onnx_difference(content, network):.1e}"
-
-
-def onnx_bytes(network: nn.Module, metadata: dict[str, str]) -> bytes:
-    """Return the network as ONNX: `images` (batch, 3, h, w) to `logits` (batch, classes), each size free.
-
-    BatchNorm is folded into the convolutions.
-
-    Args:
-        network: In eval mode, on the CPU.
-        metadata: What the file tells its reader.
-
-    Raises:
-        UserError: If the extra [onnx] is missing.
-    """
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(f'ONNX files need {name}: pip install "kdq-lightning[onnx]"') from error
-    free = torch.export.Dim.DYNAMIC
-    with silence():
-        program = torch.onnx.export(
-            network, (torch.zeros(2, 3, 32, 32),), dynamo=True, verbose=False, input_names=["images"],
-            output_names=["logits"], dynamic_shapes=({0: free, 2: free, 3: free},),
-        )  # fmt: skip
-    assert program is not None
-    for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # stack traces, with the paths of whoever exported
-    program.model.metadata_props.update(metadata)
-    content: bytes = program.model_proto.SerializeToString()
-    return content
-
-
-def onnx_session(content: bytes | str) -> Callable[[Tensor], Tensor]:
-    """Return a function from images (batch, 3, h, w) to logits (batch, classes) that onnxruntime computes on the CPU.
-
-    Args:
-        content: An ONNX file's bytes or path; it runs on as many threads as torch does.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    metadata = packed_metadata(trained.network, trained.num_classes, trained.statistics)
+    content = onnx_bytes(network, weights, metadata, kind)
+    tolerance = 1e-6 if kind == "qdq" else 0.0
+    difference = check_onnx(content, network, weights, weight_tolerance=tolerance)
+    remark = f"weights as {KINDS[kind]}; largest difference to torch {difference:.1e}"
+    if weights:
+        remark += f"; the packed file has {trained.path.stat().st_size / 1e6:.3f} MB"
+    if kind == "qdq":
+        remark += "; onnxruntime repeats DequantizeLinear in every run unless session.disable_quant_qdq is 1"
+    return content, remark
 
 
 @torch.no_grad()
-def onnx_difference(content: bytes, network: nn.Module) -> float:
-    """Return the largest difference of a logit between onnxruntime and torch, on one image and on a batch.
+def to_torch_export(trained: TrainedNetwork) -> tuple[bytes, str]:
+    """Return a `torch.export` program of the dequantized network, which loads without this package; and a remark.
+
+    `torch.export.load(path).module()` maps images (batch, 3, h, w) of the size that was exported to logits.
 
     Raises:
-        UserError: If it is more than rounding explains.
+        UserError: If torch can't export the network.
     """
-    run = onnx_session(content)
-    generator = torch.Generator().manual_seed(0)
-    worst = 0.0
-    for shape in ((1, 3, 32, 32), (5, 3, 24, 24)):
-        images = torch.randn(shape, generator=generator)
-        expected, found = network(images), run(images)
-        difference = float((found - expected).abs().max())
-        if not difference <= TOLERANCE * float(expected.abs().max()):
-            raise UserError(f"onnxruntime's logits differ from torch's by {difference:.1e}: nothing was written")
-        worst = max(worst, difference)
-    return worst
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Keep what exporters warn of, and log, off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    network, example = trained.build(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+        with silence():
+            program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    except Exception as error:  # whatever torch met in the network's forward
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"torch.export can't take {trained.network} ({reason[:200]}): use --to state_dict") from error
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    content.seek(0)
+    loaded = torch.export.load(content).module()
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+        if not torch.allclose(loaded(images), network(images), rtol=1e-4, atol=1e-5):
+            raise UserError("the exported program computes other logits than the network: nothing was written")
+    return content.getvalue(), "float32; read it with torch.export.load(path).module()"
 
 
-FORMATS = {"state_dict": to_state_dict, "onnx": to_onnx}
+TARGETS = ("state_dict", "onnx", "torch_export")

@@ -1,0 +1,381 @@
+"""ONNX files of quantized networks whose weights stay small: bit planes, or integers with DequantizeLinear.
+
+The network is exported with its quantized weights as inputs, so that no optimizer folds them into anything; then each
+of these inputs becomes a few initializers and the nodes that turn them into the float32 weight, which a runtime
+computes once, while it loads the file. What is written has been run by onnxruntime.
+"""
+
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdq_lightning.errors import UserError
+from kdq_lightning.quantization.codebooks import QuantizedWeight
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order stay far below
+
+KINDS = {"planes": "bit planes", "qdq": "integers with DequantizeLinear", "float": "float32"}
+"""What `--weights` takes, and what the printed line calls it."""
+
+_FLOAT = 1  # TensorProto.FLOAT
+_INTEGERS = {2: "int2", 4: "int4", 8: "int8"}  # storage types of DequantizeLinear by their bits
+_OPSETS = {"int2": 25, "int4": 21, "int8": 18}
+_IR_VERSIONS = {"int2": 13, "int4": 10, "int8": 8}
+
+
+def onnx_bytes(
+    network: nn.Module,
+    weights: Mapping[str, QuantizedWeight],
+    metadata: Mapping[str, str],
+    kind: str = "planes",
+    image_size: tuple[int, int, int] = (3, 32, 32),
+) -> bytes:
+    """Return a network as an ONNX file: `images` (batch, channels, height, width) to `logits` (batch, classes).
+
+    Args:
+        network: In eval mode, on the CPU, with the weights that `weights` stand for.
+        weights: The quantized weights by layer; none of a float network.
+        metadata: What the file tells its reader.
+        kind: A key of `KINDS`: how quantized weights are stored.
+        image_size: Channels, height and width of an image that the network takes; height and width are free in the
+            file.
+
+    Raises:
+        UserError: If the extra [onnx] is missing or too old, torch can't export the network, or `qdq` can't hold a
+            codebook.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f'ONNX files need {name}: pip install "kdq-lightning[onnx]"') from error
+    kept = weights if kind != "float" else {}
+    types = {name: _integer_type(name, weight) for name, weight in kept.items()} if kind == "qdq" else {}
+    opset = max((_OPSETS[integer] for integer in types.values()), default=18)
+    program = _exported(network, image_size, opset)
+    model = program.model
+    inputs = {name: _as_input(model.graph, name, weight) for name, weight in kept.items()}
+    with silence():
+        program.optimize()
+    for i, (name, weight) in enumerate(kept.items()):
+        builder = _Weight(model.graph, inputs[name], f"w{i}.")
+        if kind == "qdq":
+            builder.from_integers(weight, types[name])
+        else:
+            builder.from_planes(weight)
+    model.ir_version = max([model.ir_version, *(_IR_VERSIONS[integer] for integer in types.values())])
+    _tidy(model, dict(metadata))
+    content: bytes = program.model_proto.SerializeToString()
+    return content
+
+
+def _exported(network: nn.Module, image_size: tuple[int, int, int], opset: int) -> Any:  # noqa: ANN401
+    """Return torch's ONNX program of the network, not optimized yet."""
+    free = torch.export.Dim.DYNAMIC
+    try:
+        with silence():
+            program = torch.onnx.export(
+                network, (torch.zeros(2, *image_size),), dynamo=True, verbose=False, optimize=False,
+                input_names=["images"], output_names=["logits"], dynamic_shapes=({0: free, 2: free, 3: free},),
+                opset_version=opset,
+            )  # fmt: skip
+    except Exception as error:  # torch wraps whatever it met
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise UserError(
+            f"torch can't export {type(network).__name__} to ONNX ({reason[:200]}): its forward may depend on the"
+            " values of the images; use --to state_dict"
+        ) from error
+    assert program is not None
+    return program
+
+
+def _as_input(graph: "ir.Graph", name: str, weight: QuantizedWeight) -> "ir.Value":
+    """Turn the initializer that holds a layer's weight into an input of the graph.
+
+    Raises:
+        UserError: If no initializer holds these values.
+    """
+    values = weight.dequantize().numpy()
+    names = sorted(graph.initializers, key=lambda other: other != f"{name}.weight")
+    for key in names:
+        tensor = graph.initializers[key].const_value
+        if tensor is not None and tuple(tensor.shape) == values.shape and np.array_equal(tensor.numpy(), values):
+            value = graph.initializers.pop(key)
+            value.const_value = None
+            graph.inputs.append(value)
+            return value
+    raise UserError(
+        f"the weight of layer {name} is not in the ONNX graph as it is in the packed file: give --weights float"
+    )
+
+
+class _Weight:
+    """Replaces one input of the graph by initializers and the nodes that compute it."""
+
+    def __init__(self, graph: "ir.Graph", value: "ir.Value", prefix: str) -> None:
+        """Take the input off the graph."""
+        import onnx_ir
+
+        self.ir, self.graph, self.value, self.prefix = onnx_ir, graph, value, prefix
+        self.first = next(iter(graph))
+        graph.inputs.remove(value)
+
+    def from_planes(self, weight: QuantizedWeight) -> None:
+        """Compute the weight from bit planes by Cast, Mul, Floor, MatMul, Reshape and Add of opset 13.
+
+        A plane holds one bit of each code, eight codes a byte. Bit k of a byte x is floor(x/2^k) - 2·floor(x/2^(k+1)).
+        """
+        count, planes = weight.codes.numel(), (weight.grid.numel() - 1).bit_length()
+        stored = self._constant("planes", bit_planes(weight.codes, planes)[:, :, None])
+        shares = 0.5 ** np.arange(9, dtype=np.float32)
+        halved = self._node("Mul", self._node("Cast", stored, to=_FLOAT), self._shared("halves", shares))
+        differences = np.eye(9, 8, dtype=np.float32) - 2 * np.eye(9, 8, k=-1, dtype=np.float32)
+        bits = self._node("MatMul", self._node("Floor", halved), self._shared("bits", differences))
+        bits = self._node("Reshape", bits, self._shared(f"rows{planes}", np.array([planes, -1])))
+        powers = 2 ** np.arange(planes, dtype=np.float32)[None]
+        codes = self._node("MatMul", self._shared(f"powers{planes}", powers), bits)  # (1, 8·bytes)
+        if count % 8:
+            span = [self._constant(name, np.array([number])) for name, number in (("first", 0), ("end", count))]
+            codes = self._node("Slice", codes, *span, self._shared("axis1", np.array([1])))
+        codes = self._node("Reshape", codes, self._constant("shape", np.array(weight.codes.shape)))
+        self._scaled(self._levels(codes, weight), weight)
+
+    def _levels(self, codes: "ir.Value", weight: QuantizedWeight) -> "ir.Value":
+        """Return the levels of codes: the codes plus the lowest level, or entries of a table."""
+        grid = weight.grid.numpy()
+        if np.array_equal(grid, grid[0] + np.arange(len(grid), dtype=np.float32)):
+            return self._node("Add", codes, self._shared(f"lowest{grid[0]:g}", grid[0]))
+        index = self._node("Cast", codes, to=7)  # TensorProto.INT64
+        return self._node("Gather", self._constant("grid", grid), index)
+
+    def _scaled(self, levels: "ir.Value", weight: QuantizedWeight) -> None:
+        """Multiply by the scale, in the order in which torch does: the same float32 to the bit."""
+        scale = weight.scale.numpy().reshape(-1, *[1] * (weight.codes.dim() - 1))
+        self._node("Mul", levels, self._constant("scale", scale), output=self.value)
+
+    def from_integers(self, weight: QuantizedWeight, integer: str) -> None:
+        """Compute the weight by DequantizeLinear of signed integers, with a scale a channel or a layer."""
+        import ml_dtypes
+
+        integers, offset = _integers(weight)
+        stored = self._constant("integers", integers.astype(np.dtype(getattr(ml_dtypes, integer, np.int8))))
+        scale = weight.scale.numpy()
+        axis = {"axis": 0} if scale.size > 1 else {}
+        shape = scale.shape if scale.size > 1 else ()
+        found = self._node(
+            "DequantizeLinear", stored, self._constant("scale", scale.reshape(shape)),
+            output=None if offset else self.value, **axis,
+        )  # fmt: skip
+        if offset:
+            shift = np.float32(offset) * scale.reshape(-1, *[1] * (weight.codes.dim() - 1))
+            self._node("Add", found, self._constant("shift", shift), output=self.value)
+
+    def _node(
+        self, operator: str, *inputs: "ir.Value", output: "ir.Value | None" = None, **attributes: int
+    ) -> "ir.Value":
+        listed = [self.ir.AttrInt64(name, value) for name, value in attributes.items()]
+        node = self.ir.Node("", operator, inputs, listed, outputs=None if output is None else [output])
+        self.graph.insert_before(self.first, node)
+        return node.outputs[0]
+
+    def _constant(self, name: str, values: NDArray[Any]) -> "ir.Value":
+        """Add an initializer of this weight's own."""
+        return self._initializer(f"{self.prefix}{name}", np.asarray(values))
+
+    def _shared(self, name: str, values: NDArray[Any] | np.float32) -> "ir.Value":
+        """Return an initializer that all weights share."""
+        key = f"kdq.{name}"
+        return self.graph.initializers[key] if key in self.graph.initializers else self._initializer(key, values)
+
+    def _initializer(self, name: str, values: Any) -> "ir.Value":  # noqa: ANN401
+        value: ir.Value = self.ir.Value(name=name, const_value=self.ir.tensor(np.asarray(values), name=name))
+        self.graph.register_initializer(value)
+        return value
+
+
+def bit_planes(codes: Tensor, planes: int) -> NDArray[np.uint8]:
+    """Return the bits of non-negative codes of any shape as planes, uint8 (planes, ⌈codes / 8⌉), lowest bit first."""
+    flat = codes.flatten().numpy().astype(np.uint16)
+    bits = (flat[None] >> np.arange(planes, dtype=np.uint16)[:, None]) & 1
+    return np.packbits(bits.astype(np.uint8), axis=1, bitorder="little")
+
+
+def _integers(weight: QuantizedWeight) -> tuple[NDArray[np.int64], float]:
+    """Return the levels of a weight as integers, and what has to be added to them: 0, or 1/2 for `midrise`.
+
+    Raises:
+        UserError: If the levels are not evenly spaced around them.
+    """
+    levels = weight.grid.double().numpy()
+    offset = float(levels[0] % 1)
+    if not np.array_equal(levels - offset, np.round(levels - offset)):
+        raise UserError(f"codebook {weight.codebook} has levels that are no integers")
+    return np.round(levels - offset).astype(np.int64)[weight.codes.numpy()], offset
+
+
+def _integer_type(name: str, weight: QuantizedWeight) -> str:
+    """Return the smallest integer type of DequantizeLinear that holds a weight's levels and that is known here.
+
+    Raises:
+        UserError: If no type holds them, or onnx and onnxruntime are too old for it.
+    """
+    try:
+        integers, _ = _integers(weight)
+    except UserError as error:
+        raise UserError(f"layer {name}: {error}, which --weights qdq needs: give --weights planes") from error
+    highest = int(max(integers.max(), -integers.min() - 1))
+    fitting = [integer for bits, integer in _INTEGERS.items() if highest < 2 ** (bits - 1)]
+    if not fitting:
+        raise UserError(
+            f"layer {name}: the {weight.grid.numel()} levels of codebook {weight.codebook} don't fit a signed byte,"
+            " which --weights qdq needs: give --weights planes"
+        )
+    if fitting[0] == "int2" and _too_old("int2"):  # then four bits will do
+        fitting = fitting[1:]
+    if too_old := _too_old(fitting[0]):
+        raise UserError(f"{too_old}: install a newer one, or give --weights planes")
+    return fitting[0]
+
+
+_NEEDED: dict[str, dict[str, tuple[int, int]]] = {
+    "int2": {"onnx": (1, 20), "onnxruntime": (1, 24)},
+    "int4": {"onnx": (1, 16), "onnxruntime": (1, 20)},
+    "int8": {},
+}
+"""Versions that know a storage type."""
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("onnx", "onnxruntime")}
+
+
+def _too_old(integer: str) -> str:
+    """Say which installed package is too old for an integer type; empty if none is."""
+    here = _versions()
+    for package, needed in _NEEDED[integer].items():
+        if tuple(map(int, here[package].split(".")[:2])) < needed:
+            return f"{integer} weights need {package} {'.'.join(map(str, needed))}, and {here[package]} is here"
+    return ""
+
+
+def _tidy(model: "ir.Model", metadata: dict[str, str]) -> None:
+    """Name the free dimensions, and leave nothing of the exporter's own in the file."""
+    import onnx_ir
+
+    graph = model.graph
+    images, logits = graph.inputs[0], graph.outputs[0]
+    assert images.shape is not None and logits.shape is not None, "torch knows them"
+    images.shape = onnx_ir.Shape(["batch", images.shape[1], "height", "width"])
+    logits.shape = onnx_ir.Shape(["batch", logits.shape[-1]])
+    for node in graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of whoever exported
+        node.name = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in graph.outputs:
+                value.shape, value.type = None, None
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+
+
+def onnx_session(content: bytes | str, fold: bool = True) -> Callable[[Tensor], Tensor]:
+    """Return a function from images (batch, channels, h, w) to logits (batch, classes) of onnxruntime on the CPU.
+
+    Args:
+        content: An ONNX file's bytes or path; it runs on as many threads as torch does.
+        fold: Whether weights are dequantized once, while the file is loaded, instead of in every run.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    if fold:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@torch.no_grad()
+def check_onnx(
+    content: bytes,
+    network: nn.Module,
+    weights: Mapping[str, QuantizedWeight],
+    image_size: tuple[int, int, int] = (3, 32, 32),
+    weight_tolerance: float = 0.0,
+) -> float:
+    """Run an ONNX file in onnxruntime beside torch, and return the largest difference of a logit.
+
+    Args:
+        content: The file.
+        network: What it was made of.
+        weights: The weights that must come out, by layer.
+        image_size: Channels, height and width of an image that the network takes.
+        weight_tolerance: Largest relative difference of a weight; 0 is to the bit.
+
+    Raises:
+        UserError: If a weight differs by more than the tolerance, or a logit by more than rounding explains.
+    """
+    for name, computed in _computed_weights(content, weights, image_size).items():
+        if not np.allclose(computed, weights[name].dequantize().numpy(), rtol=weight_tolerance, atol=0):
+            raise UserError(f"onnxruntime computes other weights of layer {name}: nothing was written")
+    run = onnx_session(content)
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for batch in (1, 5, 2):
+        images = torch.randn((batch, *image_size), generator=generator)
+        expected, found = network(images), run(images)
+        difference = float((found - expected).abs().max())
+        if not difference <= TOLERANCE * float(expected.abs().max()):
+            raise UserError(f"onnxruntime's logits differ from torch's by {difference:.1e}: nothing was written")
+        worst = max(worst, difference)
+    return worst
+
+
+def _computed_weights(
+    content: bytes, weights: Mapping[str, QuantizedWeight], image_size: tuple[int, int, int]
+) -> dict[str, NDArray[np.float32]]:
+    """Return the weights that onnxruntime computes from a file, by layer: those that nodes of the file give."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load_from_string(content)
+    given = {output for node in model.graph.node for output in node.output}
+    names = {name: f"{name}.weight" for name in weights if f"{name}.weight" in given}
+    if not names:
+        return {}
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=output) for output in names.values())
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    images = {value.name: np.zeros((1, *image_size), np.float32) for value in session.get_inputs()}
+    return dict(zip(names, session.run(list(names.values()), images), strict=True))
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep what exporters warn of, and log, off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
