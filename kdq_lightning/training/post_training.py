@@ -2,26 +2,31 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdq_lightning.data.normalization import normalize
 from kdq_lightning.errors import UserError
-from kdq_lightning.evaluation import evaluate, full_float32
+from kdq_lightning.evaluation import full_float32
 from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.quantization import quantize
+from kdq_lightning.quantization import Quantized, quantize
 from kdq_lightning.quantization.recipes import make_recipe
 from kdq_lightning.runs.checkpoints import FINISHED
 from kdq_lightning.runs.records import FLOAT_BITS
 from kdq_lightning.runs.result_folder import ResultFolder
 from kdq_lightning.training.dashboard import has_quantized, terminal_table, write_quantized
 from kdq_lightning.training.progress_bars import QuantizationBars
-from kdq_lightning.training.quantized_run import Evaluations, QuantizedRun
+from kdq_lightning.training.quantized_run import QuantizedRun
+from kdq_lightning.training.trained_run import TrainedRun
+
+METHODS: dict[str, dict[str, Any]] = {"default": {}}
+"""Options of `quantize` that make a method: `default` is the best known for each bit width."""
 
 
 class PostTrainingQuantization(Callback):
@@ -86,10 +91,10 @@ class PostTrainingQuantization(Callback):
             ) from error
 
     def is_complete(self, folder: Path, module: Classifier) -> bool:
-        """Tell whether a version's folder holds every result of the module's networks."""
+        """Return whether a version's folder holds every result of the module's networks."""
         results = ResultFolder(folder, self.config_hash)
-        carried = [record.bits for record in results.records] if module.is_quantized else []
-        widths = carried or [*self.bits, FLOAT_BITS]
+        recovered = [record.bits for record in results.records] if module.is_quantized else []
+        widths = recovered or [*self.bits, FLOAT_BITS]
         return has_quantized(folder) and not any(results.missing(name, widths) for name in module.networks())
 
     def quantize(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
@@ -99,61 +104,72 @@ class PostTrainingQuantization(Callback):
             UserError: If the network or an option can't be used, or a file can't be written.
         """
         assert isinstance(pl_module, Classifier)
-        run = QuantizedRun(trainer, pl_module, self.config_hash, self.test)
-        calibration = run.calibration_share(self.calibration_images)  # refused, if it is, before anything is written
+        source = TrainedRun(trainer, pl_module, self.test)
+        calibration = source.calibration_share(self.calibration_images)  # refused, if it is, before anything is written
+        run = QuantizedRun(source, self.config_hash)
         bar = trainer.progress_bar_callback
         if isinstance(bar, RichProgressBar):
             bar.teardown(trainer, pl_module, "fit")  # only one display can be live at a time
-        with QuantizationBars(shown=trainer.is_global_zero and bar is not None) as bars:
+        shown = trainer.is_global_zero and bar is not None
+        with QuantizationBars(shown, after_update=source.stop_if_terminated) as bars:
             for name in pl_module.networks():
-                self._quantize_network(run, name, calibration, bars)
-        run.on_rank_zero(partial(self._publish, run))
+                if pl_module.is_quantized:
+                    self._record_recovered(run, name, bars)
+                else:
+                    self._quantize_network(run, name, calibration, bars)
+        source.on_rank_zero(partial(publish, run))
 
     def _quantize_network(self, run: QuantizedRun, name: str, calibration: Tensor, bars: QuantizationBars) -> None:
-        carried = {weight.bits for weight in run.carried.values()}
-        missing = run.missing(name, [max(carried)] if carried else [*self.bits, FLOAT_BITS])
-        if not missing:
+        """Evaluate a network in float, then quantize it by each method and evaluate it at each bit width."""
+        missing = {method: run.missing(name, self.bits) for method in METHODS}
+        float_is_missing = bool(run.missing(name, [FLOAT_BITS]))
+        rows = sum(map(len, missing.values()))
+        if not rows and not float_is_missing:
             return
-        network, statistics = run.network(name), run.statistics(name)
-        bars.start(name, len({*missing, FLOAT_BITS}) * sum(len(split.labels) for split in run.splits.values()))
+        source = run.source
+        network = source.network(name)
+        bars.start(name, (1 + rows) * source.evaluation_images)
+        floats = source.evaluate(name, network, bars.images)
+        if float_is_missing:
+            run.add_row(name, FLOAT_BITS, network, floats, float_evaluations=floats)
+        for method, options in METHODS.items():
+            if not missing[method]:
+                continue
+            with full_float32(source.device):
+                images = normalize(calibration.to(source.device), source.statistics(name))
+                quantized = quantize(
+                    network,
+                    [images],
+                    missing[method],
+                    solver=self.solver,
+                    codebook=self.codebook,
+                    progress=bars.layers,
+                    **options,
+                )
+            for bits in missing[method]:
+                result = quantized.pop(bits)  # so that its network's memory is free when it is done
+                evaluations = source.evaluate(name, result.model, bars.images)
+                run.add_row(name, bits, result.model, evaluations, quantized=result, float_evaluations=floats)
 
-        def on_images(count: int) -> None:
-            bars.images(count)
-            run.stop_if_terminated()
-
-        def on_layer(done: int, total: int, layer: str) -> None:
-            bars.layers(done, total)
-            run.stop_if_terminated()
-
-        def measure(candidate: nn.Module) -> Evaluations:
-            return {key: evaluate(candidate, split, statistics, on_images) for key, split in run.splits.items()}
-
-        floats = measure(network)
-        if carried:  # it is quantized already
-            run.save_carried(name, network, floats)
+    def _record_recovered(self, run: QuantizedRun, name: str, bars: QuantizationBars) -> None:
+        """Evaluate and pack a network that was trained as a quantized one; no float network is its like."""
+        source = run.source
+        weights = source.packed_weights
+        bits = max(weight.bits for weight in weights.values())
+        if not run.missing(name, [bits]):
             return
-        if FLOAT_BITS in missing:
-            run.save_float(name, network, floats)
-        widths = [width for width in missing if width != FLOAT_BITS]
-        if not widths:
-            return
-        with full_float32(run.device):
-            images = normalize(calibration.to(run.device), statistics)
-            quantized = quantize(
-                network, [images], widths, solver=self.solver, codebook=self.codebook, progress=on_layer
-            )
-        for width in widths:
-            result = quantized.pop(width)  # so that its network goes when it is done
-            run.save_quantized(name, width, result, measure(result.model), floats)
+        network = source.network(name)
+        bars.start(name, source.evaluation_images)
+        evaluations = source.evaluate(name, network, bars.images)
+        run.add_row(name, bits, network, evaluations, quantized=Quantized(network, [], weights))
 
-    def _publish(self, run: QuantizedRun) -> None:
-        """Write the dashboard, and show the table; what is finished is marked so."""
-        results = run.results
-        write_quantized(run.folder, results.records, results.layers, dict(run.module.hparams))
-        (run.folder / FINISHED).touch()
-        console = Console()
-        console.print(terminal_table(results.records))
-        console.print(f"records and packed files: {run.folder}", soft_wrap=True)
-        console.print(
-            f"curves (take the smoothing away): tensorboard --logdir {run.folder.parent.parent}", soft_wrap=True
-        )
+
+def publish(run: QuantizedRun) -> None:
+    """Write the dashboard, print the table, and mark the version as finished."""
+    folder, results = run.source.folder, run.results
+    write_quantized(folder, results.records, results.layers, dict(run.source.module.hparams))
+    (folder / FINISHED).touch()
+    console = Console()
+    console.print(terminal_table(results.records))
+    console.print(f"records and packed files: {folder}", soft_wrap=True)
+    console.print(f"curves (take the smoothing away): tensorboard --logdir {folder.parent.parent}", soft_wrap=True)

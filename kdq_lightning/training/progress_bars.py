@@ -1,5 +1,6 @@
 """Two bars of a quantization: layers solved, images evaluated."""
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -7,14 +8,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class QuantizationBars:
-    """Draws the bars while it is entered, on a terminal that someone watches; else it does nothing."""
+    """Draws two bars while it is entered, on a terminal; where there is none it draws nothing."""
 
-    def __init__(self, shown: bool) -> None:
+    def __init__(self, shown: bool, after_update: Callable[[], None] = lambda: None) -> None:
         """Prepare the bars.
 
         Args:
             shown: Whether this process draws at all.
+            after_update: Called after each layer and each batch of images, drawn or not; may raise to end the work.
         """
+        self._after_update = after_update
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, transient=True)
         self._progress.disable = not (shown and self._progress.console.is_terminal)
@@ -33,14 +36,27 @@ class QuantizationBars:
         self._progress.stop()
 
     def start(self, name: str, images: int) -> None:
-        """Begin with a network, on which so many images are evaluated over all bit widths."""
+        """Begin with a network.
+
+        Args:
+            name: Of the network.
+            images: Number of images that are to be evaluated, over all methods and bit widths.
+        """
         self._progress.reset(self._layers, description=f"{name}: layers solved", total=None, visible=True)
         self._progress.reset(self._images, description=f"{name}: images evaluated", total=images, visible=True)
 
-    def layers(self, done: int, total: int) -> None:
-        """Show how many layers are solved."""
+    def layers(self, done: int, total: int, name: str) -> None:
+        """Show how many layers are solved; the `progress` of `quantize`.
+
+        Args:
+            done: Layers that are solved.
+            total: Layers in all.
+            name: Of the layer that was solved last.
+        """
         self._progress.update(self._layers, completed=done, total=total)
+        self._after_update()
 
     def images(self, count: int) -> None:
-        """Count images as evaluated."""
+        """Count images as evaluated; the `progress` of `evaluate`."""
         self._progress.advance(self._images, count)
+        self._after_update()
