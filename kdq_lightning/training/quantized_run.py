@@ -126,7 +126,8 @@ class QuantizedRun:
     def _metadata(self, name: str, record: Record) -> dict[str, str]:
         """Return what the packed file says of its network."""
         source = self.source
-        more = {key: str(getattr(record, key)) for key in ("dataset", "strategy", "peer", "seed", "bits", "config_hash")}
+        keys = ("dataset", "strategy", "peer", "seed", "bits", "config_hash")
+        more = {key: str(getattr(record, key)) for key in keys}
         return packed_metadata(record.network, source.module.num_classes, source.statistics(name), **more)
 
 

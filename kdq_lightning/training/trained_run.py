@@ -29,6 +29,7 @@ class TrainedRun:
     Every process has one and calls the same methods. It writes nothing.
 
     Attributes:
+        trainer: With a logger.
         module: The trained module.
         data: Its images.
         folder: The version's folder.
@@ -52,7 +53,7 @@ class TrainedRun:
         self.device = trainer.strategy.root_device
         self.module = module
         self.data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        self._trainer = trainer
+        self.trainer = trainer
         kept = any((self.folder / "checkpoints" / name).is_file() for name in ("best.ckpt", "last.ckpt"))
         self._checkpoint = find_checkpoint(self.folder) if kept else None
         self.splits, self.partial = self._choose_splits(test)
@@ -67,7 +68,7 @@ class TrainedRun:
             whole["test"] = (data.test_set, slice(None))  # type: ignore[assignment]
         for name, (images, index) in whole.items():
             split = Split(images.images[index], images.labels[index])
-            limit = getattr(self._trainer, f"limit_{name}_batches")
+            limit = getattr(self.trainer, f"limit_{name}_batches")
             batches = -(-len(split.labels) // data.batch_size)
             kept = limit if isinstance(limit, int) else int(limit * batches)
             partial |= kept < batches
@@ -96,7 +97,7 @@ class TrainedRun:
             UserError: If there are not as many training images.
         """
         images, _ = self.data.calibration_images(count)
-        rank, world_size = self._trainer.global_rank, self._trainer.world_size
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
         piece = min(part_images(count), 1 << max(0, (count // world_size).bit_length() - 1))
         pieces = -(-count // piece)
         return images[pieces * rank // world_size * piece : pieces * (rank + 1) // world_size * piece]
@@ -172,7 +173,7 @@ class TrainedRun:
         Raises:
             SIGTERMException: What Lightning raises then.
         """
-        if self._trainer.received_sigterm:
+        if self.trainer.received_sigterm:
             raise SIGTERMException
 
     def on_rank_zero(self, action: Callable[[], None]) -> None:
@@ -182,16 +183,16 @@ class TrainedRun:
             UserError: If it raised that or an OSError.
         """
         failure = None
-        if self._trainer.is_global_zero:
+        if self.trainer.is_global_zero:
             try:
                 action()
             except (UserError, OSError) as error:
                 failure = str(error)
-        failure = self._trainer.strategy.broadcast(failure)
+        failure = self.trainer.strategy.broadcast(failure)
         if failure is not None:
             raise UserError(failure)
 
     def from_rank_zero(self, value: list[int]) -> list[int]:
         """Return rank 0's value on every rank."""
-        found: list[int] = self._trainer.strategy.broadcast(value)
+        found: list[int] = self.trainer.strategy.broadcast(value)
         return found
