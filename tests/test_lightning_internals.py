@@ -190,6 +190,7 @@ def test_hyperparameters_go_into_the_runs_own_events(tmp_path: Path):
     assert len(list(tmp_path.iterdir())) == 1, broken  # no run beside it
 
 
+NAMED_TUPLE = ("_asdict", "_replace")  # public, for all their names
 LIGHTNING = (LightningTrainer, LightningModule, LightningDataModule, LightningCLI, Callback, TensorBoardLogger)
 
 
@@ -203,7 +204,7 @@ def names_of_lightning() -> set[str]:
 def private_uses(path: Path, lightning: set[str]) -> Iterator[str]:
     """Yield the private names that a file takes from an object that isn't its own, or shares with Lightning."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr) and node.attr != "_replace":
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr) and node.attr not in NAMED_TUPLE:
             of = ast.unparse(node.value)
             if node.attr in lightning or not (of in ("self", "cls", "super()") or of.startswith("torch.")):
                 yield f"{path.name}: {of}.{node.attr}"
