@@ -1,15 +1,16 @@
-"""How reports and figures show each strategy: title, colour and marker, by the name that records use."""
+"""How tables and figures show each strategy: its title, colour and marker, by the strategy's name in the records."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class Appearance(NamedTuple):
-    """What a strategy looks like.
+    """How a strategy is shown.
 
     Attributes:
         title: In tables, legends and sentences.
-        colour: Matplotlib's, the same in every figure.
-        marker: Matplotlib's, the same in every figure.
+        colour: Matplotlib colour, the same in every figure.
+        marker: Matplotlib marker, the same in every figure.
     """
 
     title: str
@@ -17,7 +18,6 @@ class Appearance(NamedTuple):
     marker: str
 
 
-# Colours of Okabe & Ito, which colour-blind readers tell apart. The order is that of tables.
 STRATEGIES = {
     "teacher": Appearance("Teacher", "#000000", "o"),
     "control": Appearance("Control", "#999999", "s"),
@@ -28,13 +28,26 @@ STRATEGIES = {
     "dml": Appearance("DML", "#CC79A7", "X"),
     "recover": Appearance("Recovered", "#D55E00", "*"),
 }
+"""The project's own strategies, in the order of tables; colours that colour-blind readers tell apart (Okabe & Ito)."""
+
+NEXT = (
+    *(("#332288", "<"), ("#882255", ">"), ("#999933", "p"), ("#44AA99", "h")),
+    *(("#661100", "d"), ("#6699CC", "8"), ("#AA4466", "H")),
+)
+"""Colour and marker of further strategies; colours of Tol's "muted" scheme."""
 
 
-def appearance(strategy: str, position: int = 0) -> Appearance:
-    """Return how a strategy is shown; an unknown one is titled by its name.
+def appearances(strategies: Iterable[str]) -> dict[str, Appearance]:
+    """Return how each of the strategies is shown, in the order of tables.
+
+    A strategy that is not in `STRATEGIES` comes after them, in alphabetical order. Its title is its name, and it takes
+    the next colour and marker of `NEXT`, which start again when they are used up.
 
     Args:
-        strategy: Its name in the records.
-        position: Place among the curves of a figure, which gives an unknown strategy its colour.
+        strategies: Names from the records; ask for all strategies of a report at once, so that no two share a colour.
     """
-    return STRATEGIES.get(strategy, Appearance(strategy, f"C{position}", "."))
+    names = set(strategies)
+    shown = {name: appearance for name, appearance in STRATEGIES.items() if name in names}
+    for index, name in enumerate(sorted(names - STRATEGIES.keys())):
+        shown[name] = Appearance(name, *NEXT[index % len(NEXT)])
+    return shown

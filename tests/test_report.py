@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +14,20 @@ from PIL import Image
 from kdq_lightning.cli import main
 from kdq_lightning.commands.report import write_report
 from kdq_lightning.errors import UserError
-from kdq_lightning.report.answer import choose_measurement, duels_by_budget, duels_by_file, files_of
-from kdq_lightning.report.claims import drops, format_difference, format_p
-from kdq_lightning.report.figures import Curve, plot_by_bits, plot_by_bytes
-from kdq_lightning.report.gains import gains_over_control, sentence_of_gains, table_of_gains
+from kdq_lightning.report.answer import answer, choose_measurement, sentence_on_shipping, verdict
+from kdq_lightning.report.claims import sentence_on_gains
+from kdq_lightning.report.duels import comparable_files
+from kdq_lightning.report.figures import draw_figures
+from kdq_lightning.report.findings import Findings, find
+from kdq_lightning.report.formatting import format_difference, format_p
 from kdq_lightning.report.published import BITS, TOP1, published_drop, published_top1
-from kdq_lightning.report.rows import read_rows
-from kdq_lightning.report.sentences import ReportOptions, answer, shipped, verdict
+from kdq_lightning.report.read_rows import read_rows
+from kdq_lightning.report.rows import Row, summarize
 from kdq_lightning.report.significance import Difference, holm, paired_bootstrap
-from kdq_lightning.report.tables import table_by_bits, to_csv, to_latex, to_markdown
+from kdq_lightning.report.table_formats import to_csv, to_latex, to_markdown
+from kdq_lightning.report.tables import gain_table, measure_table
 from kdq_lightning.runs.records import CORRECT, read_correct, read_records, write_records
+from kdq_lightning.strategies import appearances
 from tests.records import ACCURACIES, WIDTHS, draw_correct, write_run, write_study
 
 STRATEGIES = list(ACCURACIES)
@@ -55,8 +60,8 @@ def test_rows_hold_every_record(study: Path):
     dml = rows[-1].cells[4]
     accuracies = [[m.record.test_top1 for m in dml.measurements if m.record.seed == seed] for seed in (0, 1)]
     means = [sum(peers) / 2 for peers in accuracies]
-    assert dml.mean("test_top1") == pytest.approx(sum(means) / 2)
-    assert dml.mean_and_deviation("test_top1")[1] == pytest.approx(abs(means[0] - means[1]) / math.sqrt(2))
+    assert dml.summaries["test_top1"].mean == pytest.approx(sum(means) / 2)
+    assert dml.summaries["test_top1"].deviation == pytest.approx(abs(means[0] - means[1]) / math.sqrt(2))
     assert np.array_equal(dml.correct[1], draw_correct(89.5, 1007).numpy())  # peer0 alone is compared
 
 
@@ -99,15 +104,43 @@ def test_pictures_are_drawn(report: Path):
         assert ((pixels == (0x00, 0x72, 0xB2)).all(1)).sum() > 200, name  # vanilla's blue
 
 
-def test_a_strategy_looks_the_same_in_every_figure():
-    """Also where rows that stand before it elsewhere are missing."""
-    curves = [Curve(name, name, [2, 3], [80, 81]) for name in ("control", "vanilla", "hint")]
-    figures = plot_by_bits(curves, ""), plot_by_bits(curves[1:], ""), plot_by_bytes(curves[2:], [], "")
-    looks = [
-        (bars[-1].lines[0].get_color(), bars[-1].lines[0].get_marker())
-        for bars in (figure.axes[0].containers for figure in figures)
+def test_unknown_strategies_in_all_figures_and_tables(tmp_path: Path):
+    """Each is titled by its name and takes the next colour and marker: the same in every figure, nobody else's."""
+    write_run(tmp_path / "t", "teacher", {2: 70, 4: 90, 32: 93}, network="resnet50")
+    for index, strategy in enumerate(("control", "my_distillation", "another")):
+        write_run(tmp_path / strategy, strategy, {2: 60 + index, 4: 80 + index, 32: 90 + index}, agreement_teacher=80.0)
+    report = write_report([tmp_path], tmp_path / "out")
+    looks = {}
+    for name, figure in draw_figures(_findings(tmp_path)).items():
+        for bars in figure.axes[0].containers:
+            if not bars.get_label().startswith("_"):
+                look = bars.lines[0].get_color(), bars.lines[0].get_marker()
+                assert looks.setdefault(bars.get_label(), look) == look, name
+    assert list(looks) == [
+        "Teacher (resnet50)",
+        "Control (resnet18)",
+        "another (resnet18)",
+        "my_distillation (resnet18)",
     ]
-    assert looks[0] == looks[1] == looks[2]
+    assert len({colour for colour, _ in looks.values()}) == len({marker for _, marker in looks.values()}) == 4
+    text = report.read_text().replace("### cifar10", "### Claims")
+    sections = dict(re.findall(r"^##+ (.*?)\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL))
+    rows = {title: text.count("\n| my_distillation (resnet18) |") for title, text in sections.items()}
+    assert {title: count for title, count in rows.items() if count} == {
+        "cifar10": 1,
+        "Gain over the control": 1,
+        "Loss from float": 2,
+        "Bytes of the files": 1,
+        "Fidelity": 4,
+    }
+    assert "another (resnet18), float" in sections["The answer"] and "another (resnet18), 2" in sections["Equal bytes"]
+    assert "- another (resnet18) drops more sharply" in sections["Claims"] and "- another (resnet18) loses" in text
+    with (tmp_path / "out" / "cells_cifar10.csv").open() as file:
+        assert len([row for row in csv.DictReader(file) if row["strategy"] == "my_distillation"]) == 3
+
+
+def _findings(folder: Path, dataset: str = "cifar10") -> Findings:
+    return find(read_rows([folder])[0][dataset])
 
 
 def test_equal_records_give_equal_reports(study: Path, report: Path, tmp_path: Path):
@@ -127,7 +160,7 @@ def test_missing_cells_are_missing(tmp_path: Path):
     write_run(tmp_path / "a", "teacher", {2: 70, 4: 90, 32: 93}, network="resnet50")
     write_run(tmp_path / "b", "vanilla", {4: 88, 32: 91})
     datasets, _ = read_rows([tmp_path])
-    rows = to_csv(table_by_bits(datasets["cifar10"], "test_top1")).splitlines()
+    rows = to_csv(measure_table(datasets["cifar10"], "test_top1")).splitlines()
     assert rows[1] == "Teacher (resnet50),70.00,missing,90.00,missing,missing,missing,missing,93.00"
     assert rows[2] == "Vanilla KD (resnet18),missing,missing,88.00,missing,missing,missing,missing,91.00"
 
@@ -135,7 +168,7 @@ def test_missing_cells_are_missing(tmp_path: Path):
 def test_levels_are_named_in_cells_where_rows_differ(tmp_path: Path):
     write_run(tmp_path / "a", "teacher", {2: 70}, network="resnet50", levels=5, codebook="paper")
     write_run(tmp_path / "b", "vanilla", {2: 60})
-    table = table_by_bits(read_rows([tmp_path])[0]["cifar10"], "test_top1", best=max)
+    table = measure_table(read_rows([tmp_path])[0]["cifar10"], "test_top1")
     assert table.header[1] == "2 bits"
     assert [row[1].text for row in table.rows] == ["70.00, 5 levels", "60.00, 4 levels"]
     assert "**70.00, 5 levels**" in to_markdown(table) and r"\textbf{70.00, 5 levels}" in to_latex(table, "a_b")
@@ -143,22 +176,28 @@ def test_levels_are_named_in_cells_where_rows_differ(tmp_path: Path):
 
 def test_duels_are_those_of_brute_force(study: Path):
     """At every budget: the best file of each side on validation; the verdict of the paired test of these two."""
-    students, teachers = files_of(read_rows([study])[0]["cifar10"])
+    findings = _findings(study)
+    students, teachers = comparable_files(findings.rows)
     assert (len(students), len(teachers)) == (32, 8)
-    duels = duels_by_budget(students, teachers)
+    duels = findings.duels
     for budget in range(3000, 100_000, 500):
         fitting = [[file for file in side if file.size <= budget] for side in (students, teachers)]
         best = [max(side, key=lambda file: (file.validation_top1, -file.size), default=None) for side in fitting]
         found = [duel for duel in duels if duel.low <= budget < duel.high]
         assert [(duel.student, duel.teacher) for duel in found] == ([tuple(best)] if any(best) else [])
     tested = [duel for duel in duels if duel.difference]
+    p_values = {}
     for duel in tested:
         sides = [np.stack(list(file.cell.correct.values())) for file in (duel.student, duel.teacher)]
-        assert duel.difference == paired_bootstrap(*sides)
-        assert duel.p >= duel.difference.p
-        assert duel.winner == ("" if duel.p >= 0.05 else "student" if duel.difference.points > 0 else "teacher")
+        alone = paired_bootstrap(*sides)
+        assert duel.difference[:3] == alone[:3]
+        p_values[duel.student.label, duel.teacher.label] = alone.p, duel.difference.p
+        p, points = duel.difference.p, duel.difference.points
+        assert duel.winner == ("" if p >= 0.05 else "student" if points > 0 else "teacher")
+    unadjusted, adjusted = zip(*p_values.values(), strict=True)
+    assert list(adjusted) == holm(unadjusted)
     assert tested[0].winner == "student" and tested[0].mcnemar.mid_p < 1e-6
-    for duel in duels_by_file(students, teachers):
+    for duel in findings.file_duels:
         for file, other in ((duel.student, duel.teacher), (duel.teacher, duel.student)):
             assert file is None or other is None or max(file.size, other.size) == duel.low
 
@@ -168,8 +207,7 @@ def test_the_answer_in_words(tmp_path: Path):
     for seed in (0, 1):
         write_run(tmp_path / f"t{seed}", "teacher", {2: 70, 4: 95, 5: 96}, seed=seed, network="resnet50")
         write_run(tmp_path / f"v{seed}", "vanilla", {2: 80, 3: 85, 5: 86}, seed=seed)
-    rows = read_rows([tmp_path])[0]["cifar10"]
-    duels = duels_by_budget(*files_of(rows))
+    duels = _findings(tmp_path).duels
     alone, student, teacher = duels[:2], duels[2:4], duels[4:]
     assert [duel.low for duel in duels] == [3300, 4700, 6500, 7500, 12500, 15500]
     tests = [f"{format_difference(duel.difference, with_p=False)} points" if duel.difference else "" for duel in duels]
@@ -177,17 +215,19 @@ def test_the_answer_in_words(tmp_path: Path):
         "at equal bytes each wins somewhere."
         " From 3.3 kB to 6.5 kB only the student fits: Vanilla KD (resnet18), 2 bits (80.25 ± 0.35 %) … Vanilla KD"
         " (resnet18), 3 bits (85.25 ± 0.35 %)."
-        f" From 6.5 kB to 12.5 kB the student is better, {format_p(student[0].p)}: Vanilla KD"
+        f" From 6.5 kB to 12.5 kB the student is better, {format_p(student[0].difference.p)}: Vanilla KD"
         " (resnet18), 3 bits (85.25 ± 0.35 %) against Teacher (resnet50), 2 bits (70.25 ± 0.35 %), student minus"
         f" teacher {tests[2]} … Vanilla KD (resnet18), 5 bits (86.25 ± 0.35 %) against Teacher (resnet50), 2 bits"
         f" (70.25 ± 0.35 %), student minus teacher {tests[3]}."
-        f" From 12.5 kB on the teacher is better, {format_p(teacher[0].p)}: Vanilla KD (resnet18),"
+        f" From 12.5 kB on the teacher is better, {format_p(teacher[0].difference.p)}: Vanilla KD (resnet18),"
         " 5 bits (86.25 ± 0.35 %) against Teacher (resnet50), 4 bits (95.25 ± 0.35 %), student minus teacher"
         f" {tests[4]} … Vanilla KD (resnet18), 5 bits (86.25 ± 0.35 %) against Teacher (resnet50), 5 bits (96.25 ±"
         f" 0.35 %), student minus teacher {tests[5]}."
     )
     assert not any(duel.difference for duel in alone)
-    even = [replace(duel, p=p) for duel, p in zip(student, (0.3, 0.6), strict=True)]
+    even = [
+        replace(duel, difference=duel.difference._replace(p=p)) for duel, p in zip(student, (0.3, 0.6), strict=True)
+    ]
     assert answer(even).startswith(
         "at equal bytes student and teacher are not distinguishable. From 6.5 kB to 12.5 kB not distinguishable,"
         " p = 0.300 at least: Vanilla"
@@ -203,8 +243,8 @@ def test_gains_are_over_the_control_of_the_same_network_and_codebook(tmp_path: P
     write_run(tmp_path / "paper", "control", {4: 50}, run="control_paper", codebook="paper", config_hash="other")
     write_run(tmp_path / "t", "teacher", {4: 95, 32: 96}, network="resnet50")
     write_run(tmp_path / "big", "control", {4: 95, 5: 95, 32: 96}, network="resnet50", config_hash="big")
-    rows = read_rows([tmp_path])[0]["cifar10"]
-    header, line = table_of_gains(gains_over_control(rows), rows)
+    findings = _findings(tmp_path)
+    header, line = gain_table(findings.gains, findings.rows)
     assert len(line) == 1 and line[0][0].text == "Vanilla KD (resnet18)"
     found = dict(zip(header[1:], (entry.text for entry in line[0][1:]), strict=True))
     expected, vectors = {}, [read_correct(tmp_path / f"{name}{seed}") for name in runs for seed in (0, 1)]
@@ -219,7 +259,7 @@ def test_gains_are_over_the_control_of_the_same_network_and_codebook(tmp_path: P
     for bits, p, name in ((4, adjusted[0], "4 bits"), (32, adjusted[1], "float (32 bits)")):
         assert found[name] == format_difference(expected[bits]._replace(p=p))
     assert found["5 bits"] == found["2 bits"] == "missing"
-    assert not gains_over_control([row for row in rows if row.strategy != "control"])
+    assert not find([row for row in findings.rows if row.strategy != "control"]).gains
 
 
 def test_seeds_are_named_by_row_where_they_differ(tmp_path: Path):
@@ -233,6 +273,11 @@ def test_seeds_are_named_by_row_where_they_differ(tmp_path: Path):
 
 def test_gains_in_words():
     better, worse, neither = (Difference(points, 0, 0, p, 3) for points, p in ((1, 0.049), (-1, 0.01), (9, 0.05)))
+
+    def said(gains: dict[str, dict[int, Difference]]) -> str:
+        rows = {name: Row("", name, "", {}, name, appearances([name])[name], False) for name in gains}
+        return sentence_on_gains({rows[name]: tests for name, tests in gains.items()})
+
     gains = {
         "A": {2: better, 3: neither, 4: better, 32: better},
         "B": {2: worse, 3: worse, 4: worse, 32: worse},
@@ -241,13 +286,13 @@ def test_gains_in_words():
         "E": {2: neither, 32: better},
         "F": {2: better},
     }
-    assert sentence_of_gains(gains) == (
+    assert said(gains) == (
         "Against the control: A better at 2, 4 bits and float; B worse at every bit width; C not distinguishable;"
         " D better at 4 bits and worse at 2 bits; E better at float;"
         " F better at 2 bits."
     )
     gains = {"A": {2: better._replace(runs=1)}, "B": {2: better}, "C": {2: neither._replace(runs=1)}}
-    assert sentence_of_gains(gains) == (
+    assert said(gains) == (
         "Against the control: A better at every bit width; B better at every bit width; C not distinguishable."
         " With one seed on a side, so tested against the images' chance alone: A, C."
     )
@@ -259,13 +304,13 @@ def test_choice_never_looks_at_the_test(tmp_path: Path):
     write_run(tmp_path / "a", "vanilla", {4: 95}, val_top1=80.0)
     write_run(tmp_path / "b", "mixup", {4: 60}, val_top1=99.0)
     rows = read_rows([tmp_path])[0]["cifar10"]
-    last = duels_by_budget(*files_of(rows))[-1]
+    last = find(rows).duels[-1]
     assert last.student.row.strategy == "mixup" and last.winner == "teacher"
     assert choose_measurement(rows, 1e9, None)[0].row.strategy == "mixup"
     write_run(tmp_path / "c", "dkd", {4: 95}, val_top1=99.9, partial=True)  # a trial run on a few images
     assert choose_measurement(read_rows([tmp_path])[0]["cifar10"], 1e9, None)[0].row.strategy == "mixup"
     write_run(tmp_path / "t", "teacher", {4: 90}, network="resnet50", val_top1=None)
-    assert verdict(duels_by_budget(*files_of(read_rows([tmp_path])[0]["cifar10"]))) is None
+    assert verdict(_findings(tmp_path).duels) is None
 
 
 def test_file_to_ship(study: Path):
@@ -281,16 +326,18 @@ def test_file_to_ship(study: Path):
     chosen = choose_measurement(datasets["cifar10"], None, 90)[1].record
     assert chosen.packed_bytes == min(size for size, value in every if value >= 90)
     assert choose_measurement(datasets["cifar10"], 4000, 90) is None
-    said = shipped(datasets["cifar10"], ReportOptions(4000, 90))
-    assert said == [" No file has at most 4 kB and at least 90 % on validation."]
+    said = sentence_on_shipping(datasets["cifar10"], 4000, 90)
+    assert said == " No file has at most 4 kB and at least 90 % on validation."
+    assert sentence_on_shipping(datasets["cifar10"], None, None) == ""
 
 
 def test_drops_are_paired_contrasts(study: Path):
-    rows = read_rows([study])[0]["cifar10"]
-    found = {(drop.row.strategy, drop.bits): drop for drop in drops(rows)}
+    findings = _findings(study)
+    found = {(drop.row.strategy, drop.bits): drop for drop in findings.drops}
     assert len(found) == 35
     correct = {
-        row.strategy: {bits: np.stack(list(c.correct.values())) for bits, c in row.cells.items()} for row in rows
+        row.strategy: {bits: np.stack(list(c.correct.values())) for bits, c in row.cells.items()}
+        for row in findings.rows
     }
     for strategy in ("vanilla", "teacher"):
         lost = {name: cells[32].mean(1) - cells[3].mean(1) for name, cells in correct.items()}
@@ -298,7 +345,6 @@ def test_drops_are_paired_contrasts(study: Path):
         assert drop.own.points == pytest.approx(100 * lost[strategy].mean())
         assert drop.versus_control.points == pytest.approx(100 * (lost[strategy].mean() - lost["control"].mean()))
     assert found["vanilla", 3].versus_teacher.points < 0 and found["teacher", 3].versus_teacher is None
-    assert found["vanilla", 3].published == published_drop("cifar10", "vanilla", 3) == pytest.approx(90.77 - 82.40)
 
 
 def test_recovered_bit_widths_are_one_row(tmp_path: Path):
@@ -330,7 +376,7 @@ def test_two_runs_with_the_same_key(tmp_path: Path):
     assert read_rows([tmp_path])[1] == []
     write_run(tmp_path / "version_10", "control", {4: 85})
     datasets, notes = read_rows([tmp_path])
-    assert datasets["cifar10"][0].cells[4].mean("test_top1") == 85 and len(notes) == 1
+    assert datasets["cifar10"][0].cells[4].summaries["test_top1"].mean == 85 and len(notes) == 1
     assert "version_2" in notes[0] and "version_10" in notes[0]
 
 
@@ -347,7 +393,7 @@ def test_records_without_vectors(tmp_path: Path):
     write_run(tmp_path / "s", "control", {4: 88, 32: 91}, vectors=False)
     datasets, notes = read_rows([tmp_path])
     assert len(notes) == 1 and "no images in correct.safetensors at 4, 32 bits" in notes[0]
-    assert {drop.row.strategy for drop in drops(datasets["cifar10"])} == {"teacher"}
+    assert {drop.row.strategy for drop in find(datasets["cifar10"]).drops} == {"teacher"}
     text = write_report([tmp_path], tmp_path / "out").read_text()
     assert "| Control (resnet18) | missing | missing | 88.00" in text and "the question stays open" in text
     (tmp_path / "s" / CORRECT).write_bytes(b"broken")
@@ -376,15 +422,15 @@ def test_other_test_images(tmp_path: Path):
     write_run(tmp_path / "a", "control", {4: 80})
     write_run(tmp_path / "b", "teacher", {4: 85}, images=1000)
     with pytest.raises(UserError, match="different test sets"):
-        files_of(read_rows([tmp_path])[0]["cifar10"])
+        _findings(tmp_path)
     write_run(tmp_path / "b", "teacher", {4: 85}, images=1000, partial=True)
     rows = read_rows([tmp_path])[0]["cifar10"]
     assert rows[0].label == "Teacher (resnet18), partial"
-    assert [len(side) for side in files_of(rows)] == [1, 0]
+    assert [len(side) for side in comparable_files(rows)] == [1, 0]
 
 
 @pytest.mark.parametrize("arguments", [["--max_bytes", "-1"], ["--min_accuracy", "101"], ["--out", "file/report"]])
-def test_bad_wishes(arguments: list[str], study: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_options(arguments: list[str], study: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
     Path("file").write_text("")
     assert main(["report", str(study / "ten" / "seed0" / "control"), *arguments]) == 1
     assert arguments[0] in capsys.readouterr().err or arguments[0] == "--out"
@@ -396,3 +442,10 @@ def test_published_values():
     assert published_top1("digits", "teacher", 2) is None and published_top1("cifar10", "teacher", 9) is None
     assert published_drop("cifar100", "vanilla", 8) == pytest.approx(75.72 - 70.54)
     assert published_drop("cifar100", "dkd", 2) == pytest.approx(58.01 - 22.20)
+    assert published_drop("cifar10", "vanilla", 3) == pytest.approx(90.77 - 82.40)
+
+
+def test_summary_over_seeds():
+    values = [75.1, 75.9, 76.4]
+    assert summarize(values) == pytest.approx((statistics.mean(values), statistics.stdev(values)))
+    assert summarize([75.0]) == (75.0, None)

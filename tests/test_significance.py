@@ -1,13 +1,12 @@
 """Paired tests against slow loops, scipy and statsmodels."""
 
-import statistics
 import time
 
 import numpy as np
 import pytest
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.report.significance import holm, mcnemar, mean_and_deviation, paired_bootstrap
+from kdq_lightning.report.significance import _different_images, holm, mcnemar, paired_bootstrap
 
 
 def classifiers(images: int, runs: int, accuracy: float, seed: int) -> np.ndarray:
@@ -45,6 +44,14 @@ def test_bootstrap_equals_resampled_indices(runs: int, others: int):
     p = 2 * min((slow <= 0).mean(), (slow >= 0).mean())
     assert ours.p == pytest.approx(p, abs=0.02)
     assert ours.runs == min(runs, others)
+
+
+@pytest.mark.parametrize("runs", [1, 2, 6, 50])
+def test_different_images_are_numpys_unique_columns(runs: int):
+    """In the same order: the random draws, and with them every interval, depend on it."""
+    values = np.random.default_rng(runs).integers(-1, 2, (runs, 300)).astype(np.int8)
+    for ours, numpys in zip(_different_images(values), np.unique(values, axis=1, return_counts=True), strict=True):
+        assert np.array_equal(ours, numpys)
 
 
 def test_bootstrap_is_scipys_for_one_run_each():
@@ -117,9 +124,3 @@ def test_holm_is_statsmodels():
     p_values = [0.04, 0.001, 0.03, 0.5, 0.009, 0.03]
     assert holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1])
     assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
-
-
-def test_mean_and_deviation():
-    values = [75.1, 75.9, 76.4]
-    assert mean_and_deviation(values) == pytest.approx((statistics.mean(values), statistics.stdev(values)))
-    assert mean_and_deviation([75.0]) == (75.0, None)

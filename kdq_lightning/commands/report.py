@@ -1,4 +1,4 @@
-"""`kdq report`: reads records below folders and writes the report; nothing else is needed, no checkpoint, no image."""
+"""`kdq report`: write the report from the records below some folders; it needs no checkpoint and no image."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ from jsonargparse import ArgumentParser
 
 from kdq_lightning.errors import check_range
 from kdq_lightning.files import write_atomically
-from kdq_lightning.report.document import compose
-from kdq_lightning.report.rows import read_rows
-from kdq_lightning.report.sentences import ReportOptions
+from kdq_lightning.report.document import ReportOptions, compose
+from kdq_lightning.report.findings import find
+from kdq_lightning.report.read_rows import read_rows
 
 
 def main(args: list[str]) -> int:
-    """Write the report and say where it lies."""
+    """Write the report, print the answer and the report's path, and return the exit code 0."""
     parser = ArgumentParser(prog="kdq report", description="Tables, figures and the answer, from records alone.")
     parser.add_argument("folders", nargs="+", type=Path, help="Folders; every record below them is read.")
     parser.add_argument("--out", type=Path, default=Path("report"), help="Folder that gets report.md and the rest.")
@@ -24,15 +24,24 @@ def main(args: list[str]) -> int:
         "--published", action="store_true", help="Add the published value and the difference to each cell."
     )
     options = parser.parse_args(args)
-    wanted = ReportOptions(options.max_bytes, options.min_accuracy, options.published)
-    write_report(options.folders, options.out, wanted)
+    write_report(
+        options.folders, options.out, ReportOptions(options.max_bytes, options.min_accuracy, options.published)
+    )
     return 0
 
 
 def write_report(folders: list[Path], out: Path, options: ReportOptions | None = None) -> Path:
-    """Write the report of every record below the folders into `out`, print the answer, and return its `report.md`.
+    """Write the report on every record below the folders, and print the answer.
 
     Equal records give equal files, to the byte.
+
+    Args:
+        folders: Folders of runs.
+        out: Folder that gets the files; it is made if it doesn't exist.
+        options: What the user asks for.
+
+    Returns:
+        Path of `report.md`.
 
     Raises:
         UserError: If there is no record, one is damaged, an option is out of range, or `out` can't be written.
@@ -43,7 +52,7 @@ def write_report(folders: list[Path], out: Path, options: ReportOptions | None =
     if options.min_accuracy is not None:
         check_range("--min_accuracy", options.min_accuracy, low=0, high=100, including_low=True)
     datasets, notes = read_rows(folders)
-    report = compose(datasets, notes, options)
+    report = compose([find(rows) for rows in datasets.values()], notes, options)
     for name, content in report.files.items():
         write_atomically(out / name, content)
     print(report.answer)

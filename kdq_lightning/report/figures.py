@@ -1,8 +1,8 @@
-"""The figures that dashboard, report and notebook share."""
+"""The figures of the report, of the notebook and of TensorBoard: accuracy and other numbers against bits and bytes."""
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib import rc_context
@@ -10,8 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from kdq_lightning.report.file_choice import pareto_front
+from kdq_lightning.report.findings import Findings
+from kdq_lightning.report.formatting import format_bytes
+from kdq_lightning.report.measures import MEASURES
+from kdq_lightning.report.rows import Cell, Row
 from kdq_lightning.runs.records import FLOAT_BITS, Record
-from kdq_lightning.strategies import appearance
+from kdq_lightning.strategies import Appearance, appearances
 
 
 @dataclass(frozen=True)
@@ -19,55 +24,87 @@ class Curve:
     """One line of a figure.
 
     Attributes:
-        label: In the legend.
-        strategy: As in the records; it gives colour and marker.
+        label: Its name in the legend.
+        appearance: Its colour and marker.
         x: Bit widths, or bytes.
-        y: What is shown there.
-        deviations: Over seeds; empty or None where there is none.
+        y: The number that is shown at each x.
+        deviations: Deviation over seeds at each x, None where there is none.
     """
 
     label: str
-    strategy: str
+    appearance: Appearance
     x: Sequence[float]
     y: Sequence[float]
-    deviations: Sequence[float | None] = field(default_factory=tuple)
+    deviations: Sequence[float | None]
 
     @property
     def errors(self) -> list[float]:
-        """The deviation of each point, 0 where there is none."""
-        return [deviation or 0.0 for deviation in self.deviations] or [0.0] * len(self.x)
+        """The length of each error bar, 0 where there is no deviation."""
+        return [deviation or 0.0 for deviation in self.deviations]
+
+
+def draw_figures(findings: Findings) -> dict[str, Figure]:
+    """Return the figures of a data set by name: accuracy against bits and bytes, and what else the records have."""
+    dataset, rows = findings.dataset, findings.rows
+    by_bytes = _curves(rows, "test_top1", lambda bits, cell: cell.packed_bytes)
+    points = [point for curve in by_bytes for point in zip(curve.x, curve.y, strict=True)]
+    front = [points[i] for i in pareto_front([size for size, _ in points], [accuracy for _, accuracy in points])]
+    figures = {}
+    for name, measure in MEASURES.items():
+        curves = _curves(rows, name, lambda bits, cell: bits)
+        if name == "test_top1":
+            figures["accuracy_vs_bits"] = plot_by_bits(curves, measure.axis, dataset)
+            figures["accuracy_vs_bytes"] = plot_by_bytes(by_bytes, front, measure.axis, dataset)
+        elif measure.axis and curves:
+            figures[name] = plot_by_bits(curves, measure.axis, dataset, measure.log)
+    return figures
+
+
+def _curves(rows: Sequence[Row], measure: str, x: Callable[[int, Cell], float]) -> list[Curve]:
+    """Return a curve for each row that has a number; `x` says where a cell stands, given its bit width."""
+    curves = []
+    for row in rows:
+        known = [
+            (x(bits, cell), *cell.summaries[measure]) for bits, cell in row.cells.items() if measure in cell.summaries
+        ]
+        if known:
+            curves.append(Curve(row.label, row.appearance, *zip(*known, strict=True)))
+    return curves
 
 
 def accuracy_figure(curves: Mapping[str, Sequence[Record]]) -> Figure:
-    """Draw accuracy against bit width and against the bytes of the file side by side, one curve a network.
+    """Draw accuracy against the bit width and against the bytes of the file, side by side.
 
     Args:
-        curves: Records by the name in the legend.
+        curves: The records of each curve, by its name in the legend; a curve without records is left out.
     """
+    shown = appearances(record.strategy for records in curves.values() for record in records)
+    by_bits, by_bytes = [], []
+    for name, records in curves.items():
+        known = [record for record in records if record.top1 is not None]
+        accuracies, deviations = [record.top1 or 0.0 for record in known], [None] * len(known)
+        if known:
+            look = shown[known[0].strategy]
+            by_bits.append(Curve(name, look, [record.bits for record in known], accuracies, deviations))
+            by_bytes.append(Curve(name, look, [record.packed_bytes for record in known], accuracies, deviations))
     figure = Figure(figsize=(11, 4), layout="constrained")
-    by_bits, by_bytes = figure.subplots(1, 2, sharey=True)
-    _draw_by_bits(by_bits, [_curve(name, records, "bits") for name, records in curves.items()])
-    _draw_by_bytes(by_bytes, [_curve(name, records, "packed_bytes") for name, records in curves.items()])
-    _frame(by_bits, "top-1 accuracy, %")
-    _frame(by_bytes, "")
-    _legend(by_bytes)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_by_bits(left, by_bits)
+    _draw_by_bytes(right, by_bytes)
+    _frame(left, "top-1 accuracy, %")
+    _frame(right, "")
+    _legend(right)
     return figure
 
 
-def _curve(name: str, records: Sequence[Record], x: str) -> Curve:
-    """Return one network's accuracies over a field of its records."""
-    points = [(getattr(record, x), record.top1) for record in records if record.top1 is not None]
-    return Curve(name, records[0].strategy if records else "", [x for x, _ in points], [y for _, y in points])
-
-
 def plot_by_bits(curves: Sequence[Curve], ylabel: str, title: str = "", log: bool = False) -> Figure:
-    """Draw something against the bit width; the float networks stand apart, to the right of the widest.
+    """Draw a number against the bit width; the float networks stand to the right of the largest bit width.
 
     Args:
         curves: With bit widths as x.
-        ylabel: What is drawn, with its unit.
-        title: Above the figure.
-        log: Draw y in powers of ten.
+        ylabel: Name of the number, with its unit.
+        title: Stands above the figure.
+        log: Whether the y axis is logarithmic.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title)
@@ -86,9 +123,9 @@ def plot_by_bytes(
 
     Args:
         curves: With bytes as x.
-        front: Size and accuracy of the files on the front, in order of size.
-        ylabel: What is drawn, with its unit.
-        title: Above the figure.
+        front: Bytes and accuracy of the files on the front, in order of bytes.
+        ylabel: Name of the number, with its unit.
+        title: Stands above the figure.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title)
@@ -132,20 +169,12 @@ def _draw_by_bytes(axes: Axes, curves: Sequence[Curve]) -> None:
     axes.set_xlabel("bytes of the file")
 
 
-def format_bytes(size: float) -> str:
-    """Return a size in decimal units, three digits: 89.3 kB."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= 0.9995 * unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{size:.0f} B"
-
-
 def render(figure: Figure, kind: str) -> bytes:
-    """Return a figure as the content of a file; equal figures give equal bytes.
+    """Return the content of a figure's file; equal figures give equal bytes.
 
     Args:
-        figure: Of this module.
-        kind: "svg" or "png".
+        figure: A figure that this module has drawn.
+        kind: The file's format, "svg" or "png".
     """
     content = io.BytesIO()
     with rc_context({"svg.hashsalt": "kdq"}):
@@ -160,15 +189,15 @@ def _frame(axes: Axes, ylabel: str) -> None:
 
 
 def _styles(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """Return how each curve is drawn: colour and marker are the strategy's, further curves of a strategy are dashed."""
-    drawn = [curve.strategy for curve in curves]
+    """Return Matplotlib's options of each curve: the strategy's colour and marker; its second curve is dashed."""
+    drawn = [curve.appearance for curve in curves]
     return [
         {
-            "color": appearance(curve.strategy, i).colour,
-            "marker": appearance(curve.strategy).marker,
+            "color": curve.appearance.colour,
+            "marker": curve.appearance.marker,
             "markersize": 5,
             "linewidth": 1.5,
-            "linestyle": ("-", "--", ":", "-.")[drawn[:i].count(curve.strategy) % 4],
+            "linestyle": ("-", "--", ":", "-.")[drawn[:i].count(curve.appearance) % 4],
         }
         for i, curve in enumerate(curves)
     ]

@@ -1,8 +1,8 @@
-"""Is one network better than another? Paired tests on the same images, over runs with different seeds."""
+"""Paired tests of two networks on the same images, over runs with different seeds."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ class Difference(NamedTuple):
         low: Lower end of the interval that covers 95 %.
         high: Its upper end.
         p: Two-sided p-value of "no difference".
-        runs: Runs (seeds) on the thinner side; with 1 the interval knows the images' chance alone.
+        runs: Number of runs (seeds) of the side that has fewer; with 1 the interval covers the choice of images alone.
     """
 
     points: float
@@ -37,8 +37,8 @@ class McNemar(NamedTuple):
     """McNemar's test of two classifiers on the same images.
 
     Attributes:
-        first_only: Images that the first alone gets right.
-        second_only: Images that the second alone gets right.
+        first_only: Number of images that only the first gets right.
+        second_only: Number of images that only the second gets right.
         exact: Two-sided exact p-value.
         mid_p: Its mid-p correction, which keeps the level and loses less power.
     """
@@ -57,20 +57,21 @@ def paired_bootstrap(
 ) -> Difference:
     """Resample images and runs, and return the mean of `first` minus that of `second` with its percentile interval.
 
-    Every resample draws the images once for both sides, which keeps them paired, and the runs of each side apart. Of n
-    runs n - 1 are drawn, with replacement: only then is the variance of a mean of few runs not underestimated
-    (Rao & Wu 1988, Resampling inference with complex survey data, section 2). Drawing both images and runs errs on
-    the careful side (Owen 2007, The pigeonhole bootstrap). Images with the same values in every run are
-    interchangeable, so their counts are drawn (multinomial) instead of 10,000 indices.
+    Each resample draws images and runs. The images are drawn once for both sides, so that they stay paired; the runs of
+    each side are drawn apart. Of n runs n - 1 are drawn, with replacement, because drawing n underestimates the
+    variance of a mean of few runs (Rao & Wu 1988, Resampling inference with complex survey data, section 2). Drawing
+    both images and runs makes intervals rather too wide than too narrow (Owen 2007, The pigeonhole bootstrap).
+    Images with the same values in every run can be exchanged: the function draws how many of each kind there are
+    (multinomial) instead of the index of each image.
 
     Args:
-        first: (runs, images), 0 or 1 for wrong or right; or differences of such, -1 to 1.
-        second: (other runs, the same images), likewise; None compares `first` with 0.
-        resamples: How many; the smallest p-value is 2 / (resamples + 1).
-        seed: Of the resamples.
+        first: 0 or 1 for wrong or right, or differences of these, -1 to 1; (runs, images).
+        second: Likewise, (runs of the other side, the same images); None compares `first` with 0.
+        resamples: Number of resamples; the smallest possible p-value is 2 / (resamples + 1).
+        seed: Seed of the random numbers.
 
     Raises:
-        UserError: If there are no images, or the two sides have other numbers of them.
+        UserError: If there are no images, or the two sides have different numbers of images.
     """
     first = np.atleast_2d(first)
     runs = len(first) if second is None else min(len(first), len(np.atleast_2d(second)))
@@ -80,8 +81,8 @@ def paired_bootstrap(
             f"a paired test needs the same images on both sides, got {first.shape[1]} and {second.shape[1]}:"
             " the records belong to different test sets"
         )
-    values = np.concatenate([first, second]).astype(np.int8)  # (members, images)
-    patterns, counts = np.unique(values, axis=1, return_counts=True)
+    values = np.concatenate([first, second]).astype(np.int8)  # (runs of both sides, images)
+    patterns, counts = _different_images(values)
     shares = counts / counts.sum()
     sides = np.concatenate([np.full(len(first), 1 / len(first)), np.full(len(second), -1 / len(second))])
     observed = float(patterns @ shares @ sides)
@@ -89,7 +90,9 @@ def paired_bootstrap(
     drawn = []
     for start in range(0, resamples, _BLOCK):
         size = min(_BLOCK, resamples - start)
-        means = generator.multinomial(counts.sum(), shares, size) @ patterns.T / counts.sum()  # (size, members)
+        means = (
+            generator.multinomial(counts.sum(), shares, size) @ patterns.T / counts.sum()
+        )  # (size, runs of both sides)
         weights = [_draw_runs(generator, len(side), size) for side in (first, second)]
         drawn.append((means[:, : len(first)] * weights[0]).sum(1) - (means[:, len(first) :] * weights[1]).sum(1))
     differences = np.concatenate(drawn)
@@ -100,8 +103,23 @@ def paired_bootstrap(
     return Difference(100 * observed, 100 * float(low), 100 * float(high), p, runs)
 
 
+def _different_images(values: NDArray[np.int8]) -> tuple[NDArray[np.int8], NDArray[np.int64]]:
+    """Return the different columns of an array in lexical order, and how often each occurs.
+
+    As `np.unique(values, axis=1, return_counts=True)` does, but five times faster: it sorts numbers, not columns.
+
+    Args:
+        values: -1, 0 or 1, (runs, images).
+    """
+    rank = np.zeros(values.shape[1], np.int64)  # of each image among the different ones, by the runs so far
+    for run in values:
+        rank = np.unique(3 * rank + run, return_inverse=True)[1]
+    _, index, counts = np.unique(rank, return_index=True, return_counts=True)
+    return values[:, index], counts
+
+
 def _draw_runs(generator: np.random.Generator, runs: int, size: int) -> NDArray[np.float64]:
-    """Return the weight of each run in each resample, (size, runs), rows summing to 1."""
+    """Return the weight of each run in each resample, float (size, runs); the weights of a resample add up to 1."""
     drawn = max(runs - 1, 1)
     return generator.multinomial(drawn, np.full(runs, 1 / runs), size) / drawn
 
@@ -109,11 +127,12 @@ def _draw_runs(generator: np.random.Generator, runs: int, size: int) -> NDArray[
 def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> McNemar:
     """Test whether two classifiers are right equally often (McNemar 1947; mid-p: Fagerland et al. 2013).
 
-    Under the null hypothesis each image that one alone gets right is a fair coin.
+    The null hypothesis says that an image that only one of them gets right is equally likely to be the first's or the
+    second's.
 
     Args:
-        first: (images,), whether the first classifier is right.
-        second: (the same images,), whether the second is.
+        first: Whether the first classifier is right, bool (images,).
+        second: Whether the second classifier is right, bool (images,), of the same images.
     """
     b, c = int((first & ~second).sum()), int((second & ~first).sum())
     n, least = b + c, min(b, c)
@@ -127,7 +146,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust the p-values of a family of tests so that the chance of any false finding stays at the level (Holm 1979).
 
     Args:
-        p_values: One a test.
+        p_values: The p-value of each test.
 
     Returns:
         The adjusted p-values, in the same order, at most 1.
@@ -140,7 +159,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and the sample deviation (n - 1), which a single value doesn't have."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return float(np.mean(values)), deviation
+Key = TypeVar("Key", bound=Hashable)
+
+
+def holm_adjusted(tests: Mapping[Key, Difference]) -> dict[Key, Difference]:
+    """Return a family of tests with their p-values adjusted; see `holm`."""
+    adjusted = holm([test.p for test in tests.values()])
+    return {key: test._replace(p=p) for (key, test), p in zip(tests.items(), adjusted, strict=True)}

@@ -1,180 +1,144 @@
-"""The report's tables in the published form, a row a strategy and a column a bit width, as Markdown, LaTeX and CSV."""
+"""The tables of the report: most have a row for each strategy and a column for each bit width."""
 
-import csv
-import io
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
-from kdq_lightning.report.published import BITS, published_top1
-from kdq_lightning.report.rows import Cell, Row
+from kdq_lightning.report.duels import Duel, File
+from kdq_lightning.report.findings import Drop
+from kdq_lightning.report.formatting import MISSING, format_difference, format_p, format_summary
+from kdq_lightning.report.measures import MEASURES
+from kdq_lightning.report.published import BITS, published_drop, published_top1
+from kdq_lightning.report.rows import Row
+from kdq_lightning.report.significance import Difference
+from kdq_lightning.report.table_formats import Entry, Table, table_of_texts
 from kdq_lightning.runs.records import FLOAT_BITS
-
-MISSING = "missing"
-
-
-class Entry(NamedTuple):
-    """A table's cell."""
-
-    text: str
-    bold: bool = False
-
-
-class Table(NamedTuple):
-    """A table; every row is as long as the header."""
-
-    header: list[str]
-    rows: list[list[Entry]]
 
 
 def bit_widths(rows: Sequence[Row]) -> list[int]:
-    """Return the columns: the published bit widths and whatever else there is."""
+    """Return the columns of a table: the published bit widths and those of the rows, in ascending order."""
     return sorted({*BITS, *(bits for row in rows for bits in row.cells)})
 
 
-def table_of_bytes(rows: Sequence[Row]) -> Table:
-    """Return the sizes of the files."""
-    widths = bit_widths(rows)
-    texts = [[f"{row.cells[bits].packed_bytes:,}" if bits in row.cells else MISSING for bits in widths] for row in rows]
-    header = ["", *(heading(bits, []) for bits in widths)]
-    return Table(header, [[Entry(row.label), *map(Entry, line)] for row, line in zip(rows, texts, strict=True)])
+def heading(bits: int, levels: Sequence[int] = ()) -> str:
+    """Return the title of a column, such as "2 bits, 4 levels".
+
+    Args:
+        bits: Bit width.
+        levels: The different numbers of levels in the column; they are named only if there is exactly one.
+    """
+    if bits == FLOAT_BITS:
+        return "float (32 bits)"
+    title = f"{bits} bit{'s' if bits > 1 else ''}"
+    return f"{title}, {levels[0]} levels" if len(levels) == 1 else title
 
 
-def table_by_bits(
-    rows: Sequence[Row],
-    field: str,
-    decimals: int = 2,
-    best: Callable[[list[float]], float] | None = None,
-    published: bool = False,
-) -> Table:
-    """Return a table of a number of the records: mean ± deviation over seeds. The only row has no best.
+def measure_table(rows: Sequence[Row], measure: str, published: bool = False) -> Table:
+    """Return the table of a number of the records: mean ± deviation over seeds, the best of each column in bold.
 
     Args:
         rows: Of one data set.
-        field: Of `Record`.
-        decimals: Shown.
-        best: Picks the best of a column's means, which is set in bold; None for no bold.
-        published: Add the published accuracy and the difference from it, in brackets.
+        measure: Name in `MEASURES`.
+        published: Add the published accuracy, and the difference from it, in brackets.
     """
     widths = bit_widths(rows)
     levels = {bits: sorted({row.cells[bits].levels or 0 for row in rows if bits in row.cells} - {0}) for bits in widths}
-    header = ["", *(heading(bits, levels[bits]) for bits in widths)]
-    columns = [_column(rows, bits, field, decimals, best, published, len(levels[bits]) > 1) for bits in widths]
-    return Table(header, [[Entry(row.label), *entries] for row, *entries in zip(rows, *columns, strict=True)])
+    columns = [_column(rows, bits, measure, published, len(levels[bits]) > 1) for bits in widths]
+    lines = [[Entry(row.label), *entries] for row, *entries in zip(rows, *columns, strict=True)]
+    return Table(["", *(heading(bits, levels[bits]) for bits in widths)], lines)
 
 
-def heading(bits: int, levels: list[int]) -> str:
-    """Return a column's title; levels are named where there is one number of them."""
-    if bits == FLOAT_BITS:
-        return "float (32 bits)"
-    plural = "s" if bits > 1 else ""
-    return f"{bits} bit{plural}, {levels[0]} levels" if len(levels) == 1 else f"{bits} bit{plural}"
-
-
-def _column(
-    rows: Sequence[Row],
-    bits: int,
-    field: str,
-    decimals: int,
-    best: Callable[[list[float]], float] | None,
-    published: bool,
-    name_levels: bool,
-) -> list[Entry]:
-    """Return the entries of a bit width; levels are named in each where the rows differ in them."""
+def _column(rows: Sequence[Row], bits: int, measure: str, published: bool, name_levels: bool) -> list[Entry]:
+    """Return the entries of a bit width; `name_levels` adds the number of levels to each, because the rows differ."""
+    decimals, best = MEASURES[measure].decimals, MEASURES[measure].best
     cells = [row.cells.get(bits) for row in rows]
-    means = [None if cell is None else cell.mean(field) for cell in cells]
-    # Rounded first: what looks equal is equally good.
-    known = [round(mean, decimals) for mean in means if mean is not None]
+    means = [cell.summaries[measure].mean if cell and measure in cell.summaries else None for cell in cells]
+    # Rounded first: what looks equal is equally good. A column of equal numbers has no best.
+    rounded = [None if mean is None else round(mean, decimals) for mean in means]
+    known = [value for value in rounded if value is not None]
     top = best(known) if best and len(set(known)) > 1 else None
     entries = []
-    for row, cell, mean in zip(rows, cells, means, strict=True):
-        text = MISSING if cell is None else format_cell(cell, field, decimals)
-        if cell is not None and name_levels and cell.levels:
+    for row, cell, mean, value in zip(rows, cells, means, rounded, strict=True):
+        text = format_summary(cell, measure, decimals) if cell else MISSING
+        if cell and name_levels and cell.levels:
             text += f", {cell.levels} levels"
-        if published and (value := published_top1(row.dataset, row.strategy, bits)) is not None:
-            text += f" ({value:.2f})" if mean is None else f" ({value:.2f}, {mean - value:+.2f})"
-        entries.append(Entry(text, bold=mean is not None and round(mean, decimals) == top))
+        if published and (known_top1 := published_top1(row.dataset, row.strategy, bits)) is not None:
+            text += f" ({known_top1:.2f})" if mean is None else f" ({known_top1:.2f}, {mean - known_top1:+.2f})"
+        entries.append(Entry(text, bold=value is not None and value == top))
     return entries
 
 
-def format_cell(cell: Cell, field: str, decimals: int = 2) -> str:
-    """Return "mean ± deviation" over seeds; one seed has no deviation."""
-    found = cell.mean_and_deviation(field)
-    if found is None:
-        return MISSING
-    mean, deviation = found
-    return f"{mean:,.{decimals}f}" + ("" if deviation is None else f" ± {deviation:,.{decimals}f}")
+def bytes_table(rows: Sequence[Row]) -> Table:
+    """Return the table of the files' sizes in bytes."""
+    widths = bit_widths(rows)
+    lines = [
+        [row.label, *(f"{row.cells[bits].packed_bytes:,}" if bits in row.cells else MISSING for bits in widths)]
+        for row in rows
+    ]
+    return table_of_texts(["", *map(heading, widths)], lines)
 
 
-def to_markdown(table: Table) -> str:
-    """Return a Markdown table; a bar in a text doesn't end its cell."""
+def duel_table(duels: Sequence[Duel]) -> Table:
+    """Return the table of the comparisons at equal bytes, in order of the budget."""
+    header = ["budget, bytes", "student's best", "bytes", "test", "teacher's best", "bytes", "test"]
+    header += ["student minus teacher", "p", "McNemar", "better"]
+    lines = []
+    for duel in sorted(duels, key=lambda duel: duel.low):
+        texts = [f"{duel.low:,.0f}", *_describe(duel.student), *_describe(duel.teacher)]
+        if duel.difference is None or duel.mcnemar is None:
+            texts += [MISSING] * 3 + ["" if duel.student and duel.teacher else "the only one that fits"]
+        else:
+            texts += [format_difference(duel.difference, with_p=False), format_p(duel.difference.p)]
+            texts += [format_p(duel.mcnemar.mid_p), duel.winner or "not distinguishable"]
+        lines.append(texts)
+    return table_of_texts(header, lines)
 
-    def line(texts: Sequence[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
-    rows = [line([f"**{text}**" if bold else text for text, bold in row]) for row in table.rows]
-    rule = "|" + "|".join([" --- ", *(" ---: " for _ in table.header[1:])]) + "|"
-    return "\n".join([line(table.header), rule, *rows])
-
-
-_TEX = {**{c: f"\\{c}" for c in "&%$#_{}"}, "±": "$\\pm$", "\\": "\\textbackslash{}", "~": "\\textasciitilde{}"}
+def _describe(file: File | None) -> list[str]:
+    """Return label, bytes and test accuracy of a file."""
+    if file is None:
+        return ["none fits", "", ""]
+    return [file.label, f"{file.size:,}", format_summary(file.cell, "test_top1")]
 
 
-def to_latex(table: Table, caption: str) -> str:
-    """Return a LaTeX table, which needs the package booktabs."""
+def gain_table(gains: Mapping[Row, Mapping[int, Difference]], rows: Sequence[Row]) -> Table:
+    """Return the table of `Findings.gains`; its columns are those of a table of `rows`."""
+    widths = bit_widths(rows)
+    lines = [
+        [row.label, *(format_difference(tests[bits]) if bits in tests else MISSING for bits in widths)]
+        for row, tests in gains.items()
+    ]
+    return table_of_texts(["", *map(heading, widths)], lines)
 
-    def escape(text: str) -> str:
-        return "".join(_TEX.get(character, character) for character in text)
 
-    def line(texts: Sequence[str]) -> str:
-        return " & ".join(texts) + r" \\"
-
-    rows = [line([rf"\textbf{{{escape(text)}}}" if bold else escape(text) for text, bold in row]) for row in table.rows]
-    return "\n".join(
-        [
-            r"\begin{table}",
-            rf"\caption{{{escape(caption)}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
-            r"\toprule",
-            line([escape(text) for text in table.header]),
-            r"\midrule",
-            *rows,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
+def drop_table(drops: Sequence[Drop]) -> Table:
+    """Return the table of `Findings.drops`, a row for each network and bit width."""
+    header = ["", "bits", "loss from float", "published", "minus the control's", "minus the teacher's"]
+    lines = []
+    for drop in drops:
+        strategy = drop.row.strategy
+        versus = [
+            format_difference(test) if test else "" if strategy == reference else MISSING
+            for reference, test in (("control", drop.versus_control), ("teacher", drop.versus_teacher))
         ]
-    )
+        known = published_drop(drop.row.dataset, strategy, drop.bits)
+        published = "" if known is None else f"{known:.2f}"
+        lines.append([drop.row.label, drop.bits, format_difference(drop.own, with_p=False), published, *versus])
+    return table_of_texts(header, lines)
 
 
-def to_csv(table: Table) -> str:
-    """Return the table as it is printed, without bold."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.header)
-    writer.writerows([entry.text for entry in row] for row in table.rows)
-    return text.getvalue()
-
-
-FIELDS = (
-    *("test_top1", "test_top5", "val_top1", "val_top5", "agreement_float", "agreement_teacher"),
-    *("flips", "nll", "ece", "relative_error"),
-)
-
-
-def cells_csv(rows: Sequence[Row]) -> str:
-    """Return every number of every cell in the long form: what a plot or a spreadsheet of one's own starts from."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    numbers = [name for field in FIELDS for name in (field, f"{field}_deviation")]
-    writer.writerow(
-        ["dataset", "row", "strategy", "network", "bits", "levels", "packed_bytes", "seeds", *numbers, "published"]
-    )
+def cell_table(rows: Sequence[Row]) -> Table:
+    """Return every number of every cell, a row for each cell, to start a plot or a spreadsheet of one's own from."""
+    header = ["dataset", "row", "strategy", "network", "bits", "levels", "packed_bytes", "seeds"]
+    header += [name for measure in MEASURES for name in (measure, f"{measure}_deviation")]
+    lines = []
     for row in rows:
         for bits, cell in row.cells.items():
-            found = [cell.mean_and_deviation(field) or (None, None) for field in FIELDS]
-            values = ["" if value is None else f"{value:.6g}" for pair in found for value in pair]
-            known = published_top1(row.dataset, row.strategy, bits)
-            seeds = len({m.record.seed for m in cell.measurements})
-            head = [row.dataset, row.label, row.strategy, row.network, bits, cell.levels, cell.packed_bytes, seeds]
-            writer.writerow([*head, *values, known])
-    return text.getvalue()
+            numbers = [value for measure in MEASURES for value in cell.summaries.get(measure, (None, None))]
+            lines.append(
+                [
+                    *(row.dataset, row.label, row.strategy, row.network, bits),
+                    *(cell.levels, cell.packed_bytes, len(cell.seeds)),
+                    *("" if value is None else f"{value:.6g}" for value in numbers),
+                    published_top1(row.dataset, row.strategy, bits),
+                ]
+            )
+    return table_of_texts([*header, "published"], lines)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdq_lightning.report.budgets import best_within, budget_ranges, choose_file, pareto_front
+from kdq_lightning.report.file_choice import best_within, budget_ranges, choose_file, pareto_front
 
 FILES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 8)), max_size=8)
 

@@ -1,0 +1,186 @@
+"""Read the records below some folders and gather them into the rows of the report's tables."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from kdq_lightning.errors import UserError
+from kdq_lightning.report.rows import Cell, Measurement, Row
+from kdq_lightning.runs.records import CORRECT, RECORDS, Record, find_records, read_correct
+from kdq_lightning.strategies import Appearance, appearances
+
+
+def read_rows(folders: Sequence[Path]) -> tuple[dict[str, list[Row]], list[str]]:
+    """Read every record below the folders.
+
+    Returns:
+        The rows by data set, in the order of tables; and notes, sentences on what a reader should know of the records.
+
+    Raises:
+        UserError: If there is no record, a file is damaged, or a file has another format than this release reads.
+    """
+    notes: list[str] = []
+    measurements = [
+        measurement
+        for folder, records in _from_oldest(find_records(*folders)).items()
+        for measurement in _measurements(folder, records, notes)
+    ]
+    if not measurements:
+        raise UserError(
+            f"there is no {RECORDS} below {', '.join(map(str, folders))}: train a network with `kdq fit`, or quantize"
+            " one with `kdq quantize`"
+        )
+    versions = sorted({m.record.version for m in measurements})
+    if len(versions) > 1:
+        notes.append(f"The records were written by different releases: {', '.join(versions)}.")
+    if foreign := {f"{m.record.strategy} ({m.record.network})" for m in measurements if m.record.epochs is None}:
+        notes.append(
+            f"Weights from a file that does not say how they were trained: {', '.join(sorted(foreign))}. If the"
+            " validation images were used for it, their validation accuracy is too high, and choices lean to them."
+        )
+    shown = appearances(m.record.strategy for m in measurements)
+    groups: defaultdict[str, list[list[Measurement]]] = defaultdict(list)
+    for group in _group(_newest(measurements, notes)):
+        groups[group[0].record.dataset].append(group)
+    return {dataset: _rows(groups[dataset], shown) for dataset in sorted(groups)}, notes
+
+
+def _from_oldest(records: dict[Path, list[Record]]) -> dict[Path, list[Record]]:
+    """Sort the versions' folders of each run by age: version_10 comes after version_2."""
+
+    def age(folder: Path) -> tuple[str, int, str]:
+        number = folder.name.removeprefix("version_")
+        return str(folder.parent), int(number) if number.isdigit() else -1, folder.name
+
+    return {folder: records[folder] for folder in sorted(records, key=age)}
+
+
+def _measurements(folder: Path, records: list[Record], notes: list[str]) -> list[Measurement]:
+    """Join the records of a version with their vectors; add a note if vectors are missing."""
+    correct = read_correct(folder)
+    vectors = [correct.get(record.correct_key("test")) for record in records]
+    measurements = [
+        Measurement(record, folder, None if vector is None else vector.numpy())
+        for record, vector in zip(records, vectors, strict=True)
+    ]
+    missing = {m.record.bits for m in measurements if m.correct is None and m.record.test_top1 is not None}
+    if missing:
+        listed = ", ".join(map(str, sorted(missing)))
+        notes.append(f"{folder} has no images in {CORRECT} at {listed} bits: it is left out of paired tests there.")
+    return measurements
+
+
+def _newest(measurements: Iterable[Measurement], notes: list[str]) -> list[Measurement]:
+    """Keep the newest of several records of the same thing; add a note where their figures differ.
+
+    Args:
+        measurements: From the oldest to the newest.
+        notes: Gets the sentences.
+    """
+    kept: dict[tuple[object, ...], Measurement] = {}
+    replaced: dict[tuple[Path, Path], Record] = {}
+    for m in measurements:
+        r = m.record
+        key = (r.dataset, r.strategy, r.network, r.peer, r.seed, r.config_hash, r.bits)
+        if key in kept and _figures(kept[key].record) != _figures(r):
+            replaced[kept[key].folder, m.folder] = r
+        kept[key] = m
+    for (old, new), record in replaced.items():
+        notes.append(
+            f"{old} and {new} both hold {record.strategy} with seed {record.seed} and the same settings, and their"
+            " figures differ: the latter's are used."
+        )
+    return list(kept.values())
+
+
+def _figures(record: Record) -> dict[str, object]:
+    """Return what makes a difference between two records of the same thing: everything except run, time, release."""
+    return asdict(replace(record, run="", seconds=None, version=""))
+
+
+def _group(measurements: Iterable[Measurement]) -> list[list[Measurement]]:
+    """Return the measurements of each row.
+
+    The records of a row have the same settings (`config_hash`); they differ in seed, peer and bit width. Recovery after
+    quantization has a run for each bit width: these are one row, too.
+    """
+    by_settings: defaultdict[tuple[str, str, str], list[Measurement]] = defaultdict(list)
+    for m in measurements:
+        by_settings[m.record.dataset, m.record.strategy, m.record.config_hash].append(m)
+    groups: list[list[Measurement]] = []
+    for group in by_settings.values():
+        same = next((other for other in groups if _is_same_recovery(group, other)), None)
+        if same is None:
+            groups.append(group)
+        else:
+            same += group
+    return groups
+
+
+def _is_same_recovery(group: list[Measurement], other: list[Measurement]) -> bool:
+    """Tell whether two groups are one recovered network at different bit widths (`recover_2bit`, `recover_4bit`)."""
+
+    def identity(group: list[Measurement]) -> tuple[str, str, str, str]:
+        first = group[0].record
+        return first.dataset, first.strategy, _network(group), re.sub(r"\d+bit", "", first.run)
+
+    if group[0].record.strategy != "recover" or identity(group) != identity(other):
+        return False
+    return not {m.record.bits for m in group} & {m.record.bits for m in other}
+
+
+def _network(group: list[Measurement]) -> str:
+    """Return the network's name, such as "resnet18"; of peers with different networks "resnet18+resnet20"."""
+    return "+".join(dict.fromkeys(m.record.network for m in sorted(group, key=lambda m: m.record.peer)))
+
+
+def _rows(groups: list[list[Measurement]], shown: Mapping[str, Appearance]) -> list[Row]:
+    """Return the rows of a data set, in the order of tables.
+
+    Args:
+        groups: The measurements of each row.
+        shown: How each strategy is shown, in the order of tables.
+    """
+    teachers = {_network(group) for group in groups if group[0].record.strategy == "teacher"}
+    rows = []
+    for group in groups:
+        dataset, strategy, network = group[0].record.dataset, group[0].record.strategy, _network(group)
+        cells: defaultdict[int, list[Measurement]] = defaultdict(list)
+        for m in sorted(group, key=lambda m: (m.record.bits, m.record.seed, m.record.peer)):
+            cells[m.record.bits].append(m)
+        rows.append(
+            Row(
+                dataset,
+                strategy,
+                network,
+                {bits: Cell(tuple(members)) for bits, members in cells.items()},
+                f"{shown[strategy].title} ({network})",
+                shown[strategy],
+                strategy == "teacher" or (strategy == "recover" and network in teachers),
+            )
+        )
+    order = list(shown)
+    rows.sort(
+        key=lambda row: (order.index(row.strategy), row.network, row.first_record.run, min(_hashes(row)), row.seeds)
+    )
+    return _with_different_labels(rows)
+
+
+def _hashes(row: Row) -> list[str]:
+    return [m.record.config_hash for cell in row.cells.values() for m in cell.measurements]
+
+
+def _with_different_labels(rows: Sequence[Row]) -> list[Row]:
+    """Add the run's name where labels are equal, and the settings' hash where that isn't enough."""
+    labels = [row.label for row in rows]
+    for details in ([row.first_record.run for row in rows], [row.first_record.config_hash for row in rows]):
+        repeated = {label for label in labels if labels.count(label) > 1}
+        labels = [
+            f"{label} {detail}" if label in repeated else label for label, detail in zip(labels, details, strict=True)
+        ]
+    return [
+        replace(row, label=f"{label}, partial" if row.is_partial else label)
+        for row, label in zip(rows, labels, strict=True)
+    ]
