@@ -383,8 +383,13 @@ def test_limits(workspace: Path):
 
 
 def test_test_set_left_alone(workspace: Path, monkeypatch: pytest.MonkeyPatch):
-    """Tuning runs have no test accuracy; the curve is that of validation."""
-    monkeypatch.setattr(DigitsDataModule, "test_dataloader", None)
+    """Tuning runs have no test accuracy; the curve is that of validation. No test image is looked at."""
+
+    def read(data: DigitsDataModule) -> None:
+        raise AssertionError("the test images are read")
+
+    monkeypatch.setattr(DigitsDataModule, "test_set", property(read, lambda data, images: None), raising=False)
+    assert main(["fit", *QUICK, "--trainer.max_epochs=1", "--name=tested"]) == 1  # so that reading them is noticed
     records = fit("--quantization.test=false")
     assert all(record.test_top1 is None and record.test_top5 is None and record.val_top1 for record in records)
     assert not any("test" in key for key in read_correct(Path("runs/quickstart/version_0")))

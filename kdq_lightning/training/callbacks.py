@@ -1,4 +1,4 @@
-"""What happens around training: the run folder's state, a line an epoch, predictions on disk."""
+"""What happens around training: the run folder's files, which rank has died, predictions on disk."""
 
 import csv
 import io
@@ -20,11 +20,11 @@ from kdq_lightning.runs.records import RECORDS
 from kdq_lightning.training.lightning_internals import RelocatableModelCheckpoint, started_processes
 
 KEPT = ("checkpoints", RECORDS)  # a folder that holds one of them stays when its run fails
-DEATH_SECONDS = 2  # from a lost connection to the exit code of who was at its other end
+DEATH_SECONDS = 2  # from a lost connection to the exit code of the process at its other end
 
 
 def checkpoint_callbacks() -> list[RelocatableModelCheckpoint]:
-    """Return the keepers of `checkpoints/best.ckpt` (highest `val/top1`) and `checkpoints/last.ckpt` (every epoch)."""
+    """Return what writes `checkpoints/best.ckpt` (highest `val/top1`) and `checkpoints/last.ckpt` (every epoch)."""
     best = RelocatableModelCheckpoint(
         filename="best", monitor="val/top1", mode="max", save_on_train_epoch_end=True, enable_version_counter=False
     )
@@ -33,30 +33,30 @@ def checkpoint_callbacks() -> list[RelocatableModelCheckpoint]:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the whole configuration in a run folder; commands that make none leave no file."""
+    """Writes the whole configuration into the run folder; a command without a run folder writes none."""
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
-        """Write `config.yaml` before anything else."""
+        """Write `config.yaml` before training begins."""
         if stage == "fit" or trainer.logger:
             super().setup(trainer, pl_module, stage)
 
 
 class RunFolder(Callback):
-    """Marks a run as finished, tidies up after a killed one, and takes away the folder of one with nothing to keep."""
+    """Marks a run as finished, removes what a killed run left behind, and the folder of a failed one with no result."""
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove half-written files that killed runs of this name have left."""
+        """Remove half-written files that killed runs of this name left behind."""
         if trainer.is_global_zero and trainer.logger and trainer.logger.log_dir:
             remove_leftovers(Path(trainer.logger.log_dir).parent)
 
     def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        """Say that the weights are final: only such a version stands for its run."""
+        """Mark the weights as final: a teacher is taken from such a version only."""
         folder = trainer.log_dir  # a collective call, so every rank makes it
         if trainer.is_global_zero and folder and trainer.logger:
             Path(folder, FINISHED).touch()
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no folder without a checkpoint or a record."""
+        """Remove the folder if it holds neither a checkpoint nor a record."""
         if trainer.is_global_zero and trainer.logger and trainer.global_step == 0:
             folder = Path(trainer.logger.log_dir or "")
             if folder.name.startswith("version_") and not any((folder / kept).exists() for kept in KEPT):
@@ -64,7 +64,7 @@ class RunFolder(Callback):
 
 
 class NameDeadRank(Callback):
-    """Says which rank was killed, where torch only knows that a connection was closed."""
+    """Says which rank was killed, where torch only says that a connection was closed."""
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Add a note to the error if one of the processes that this one has started is gone."""
@@ -83,7 +83,11 @@ class WritePredictions(lightning_callbacks.BasePredictionWriter):
     """Writes `predictions.csv`: image (canonical index), top1 (class) and probability."""
 
     def __init__(self, folder: Callable[[], Path]) -> None:
-        """Say which run folder gets the file; it is asked for when there is something to write."""
+        """Choose the run folder.
+
+        Args:
+            folder: Returns it; called when there is something to write.
+        """
         super().__init__(write_interval="epoch")
         self.folder = folder
 
@@ -94,7 +98,7 @@ class WritePredictions(lightning_callbacks.BasePredictionWriter):
         predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
-        """Collect the predictions of all ranks, by image, and write them in one piece."""
+        """Collect the predictions of all ranks, sort them by image, and write the file."""
         rows = [
             row for index, top1, p in predictions for row in zip(index.tolist(), top1.tolist(), p.tolist(), strict=True)
         ]

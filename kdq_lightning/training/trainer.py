@@ -17,9 +17,9 @@ from kdq_lightning.training.post_training import PostTrainingQuantization
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and then moves it there: a full disk or a kill leaves the old one whole.
+    """Writes a checkpoint beside the old one and then swaps them: a full disk or a kill leaves the old one whole.
 
-    Lightning's own writes to the system's temporary folder, from where the last step may be a copy.
+    Lightning's own writes to the system's temporary folder first, from where moving it may be a copy.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
@@ -34,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Trainer(StageTrainer):
-    """Lightning's Trainer; `precision="auto"` is bf16-mixed where processor or GPU computes in it, else 32-true."""
+    """Lightning's Trainer with this project's defaults, atomic checkpoints, and a command `quantize`."""
 
     def __init__(
         self,
@@ -47,17 +47,17 @@ class Trainer(StageTrainer):
         plugins: Any = None,  # noqa: ANN401
         **kwargs: Any,
     ) -> None:
-        """Fill in the defaults.
+        """Fill in this project's defaults.
 
         Args:
             *args: Lightning's.
-            precision: "auto", or one of Lightning's ("32-true", "bf16-mixed", ...). Tests and quantization always
-                compute in float32.
+            precision: One of Lightning's ("32-true", "bf16-mixed", ...), or "auto" for bf16-mixed where processor or
+                GPU computes in it, else 32-true. Tests and quantization always compute in float32.
             accelerator: "auto" is a CUDA GPU where there is one, else the CPU.
             default_root_dir: Folder that run folders are made in.
             num_sanity_val_steps: Validation batches before training.
             enable_model_summary: Whether to print the table of layers.
-            plugins: Lightning's; one for checkpoints replaces ours.
+            plugins: Lightning's; a plugin for checkpoints replaces ours.
             **kwargs: Lightning's. `use_distributed_sampler` is off: the datamodule's sampler shards.
         """
         if accelerator == "auto":  # Apple's GPU has no float64, which the stateless random numbers need
@@ -75,7 +75,7 @@ class Trainer(StageTrainer):
         )
         self._quantizing = False
         self._interruption = Interruption()
-        self._callbacks.insert(0, self._interruption)
+        self.callbacks.insert(0, self._interruption)  # type: ignore[attr-defined]  # set by Lightning
 
     def should_terminate(self) -> bool:
         """Return whether to stop after this batch because of SIGTERM; see `Interruption`."""
@@ -93,15 +93,15 @@ class Trainer(StageTrainer):
         """Quantize a trained module as the callback does after training, into the logger's folder.
 
         Args:
-            model: With its trained weights; those of the best checkpoint, if the folder holds one, go before them.
+            model: With its trained weights; the best checkpoint in the folder, if there is one, replaces them.
             datamodule: Calibration, validation and test images.
-            ckpt_path: A checkpoint to load into the module before.
-            weights_only: Whether that checkpoint may hold tensors and plain data alone.
+            ckpt_path: A checkpoint to load into the module first.
+            weights_only: Whether that checkpoint may hold only tensors and plain data.
 
         Raises:
             UserError: If the callback is missing or switched off, or quantization fails.
         """
-        if not any(callback.enabled for callback in self._quantizers):
+        if not self._quantizers:
             raise UserError("there is nothing to do with --quantization.enabled=false: leave it out")
         self._quantizing = True
         options = {} if weights_only is None else {"weights_only": weights_only}  # unknown to Lightning 2.5
@@ -112,12 +112,11 @@ class Trainer(StageTrainer):
 
     @property
     def _quantizers(self) -> list[PostTrainingQuantization]:
-        return [callback for callback in self._callbacks if isinstance(callback, PostTrainingQuantization)]
-
-    @property
-    def _callbacks(self) -> list[Callback]:
+        """The post-fit callbacks that are switched on."""
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # set by Lightning, unknown to its type
-        return callbacks
+        return [
+            callback for callback in callbacks if isinstance(callback, PostTrainingQuantization) and callback.enabled
+        ]
 
     def run_stage(self) -> Any:  # noqa: ANN401 - what Lightning's stages return
         """Do the work of the command: quantize, or what Lightning does."""
