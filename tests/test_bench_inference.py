@@ -12,6 +12,7 @@ from kdq_lightning.bench import inference
 from kdq_lightning.bench.measure import Timing
 from kdq_lightning.cli import main
 from kdq_lightning.networks import build_network
+from kdq_lightning.quantization import quantize
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 COMMAND = ["bench", "evaluation", "--network=resnet8"]
@@ -31,7 +32,13 @@ def test_onnxruntime_computes_the_network_in_float32_and_in_int8(caplog, capfd: 
     torch.manual_seed(0)
     network = build_network("resnet8", 10).eval()
     expected = network(IMAGES).detach()
-    exact, int8 = inference._onnx_engines(network)
+    low_bit = quantize(network, [IMAGES], (2,), solver="rounding", progress=lambda *_: None)
+    exact, planes, qdq, int8 = inference._onnx_engines(network, low_bit)
+    for engine in (planes, qdq):
+        torch.testing.assert_close(engine.evaluate(IMAGES), low_bit[2].model(IMAGES).detach(), rtol=1e-4, atol=1e-4)
+        assert engine.file_bytes < 0.15 * exact.file_bytes
+        loading = inference.measure_loading(engine, "resnet8")
+        assert 0 < loading.seconds < 60 and (loading.resident_mb is None or 0 < loading.resident_mb < 500)
     torch.testing.assert_close(exact.evaluate(IMAGES), expected, rtol=1e-4, atol=1e-4)
     error = float((int8.evaluate(IMAGES) - expected).norm() / expected.norm())
     assert 1e-3 < error < 0.3
@@ -42,7 +49,7 @@ def test_onnxruntime_computes_the_network_in_float32_and_in_int8(caplog, capfd: 
 
 def test_torch_computes_the_network_and_its_rounded_copy(nothing_installed: None):
     torch.manual_seed(0)
-    engines, absent = inference.gather_engines("resnet8", 8)
+    engines, absent = inference.gather_engines("resnet8", [8])
     floating, packed = engines
     difference = (packed.evaluate(IMAGES) - floating.evaluate(IMAGES)).norm() / floating.evaluate(IMAGES).norm()
     assert 1e-4 < float(difference) < 0.1  # 8 bits: nearly, not quite
@@ -56,6 +63,7 @@ def test_command_names_what_is_missing(nothing_installed: None, workspace: Path,
     assert 'pip install "kdq-lightning[onnx]"' in printed and "pip install torchao" in printed
     assert "saves storage, not arithmetic" in printed and "onnxruntime float32" not in printed
     figures = json.loads(Path("figures.json").read_text())
+    assert figures["files"].keys() == figures["loading"].keys() == {"torch float32", "torch, 2-bit file"}
     assert [(rate["engine"], rate["batch_size"]) for rate in figures["rates"]] == [
         (engine, batch_size) for batch_size in (1, 2) for engine in ("torch float32", "torch, 2-bit file")
     ]
@@ -90,7 +98,7 @@ def test_every_call_is_made():
         (["--batch_sizes=[4,0]"], "batch_sizes must be at least 1"),
         (["--repeats=0"], "repeats must be at least 1"),
         (["--network=resnet9"], "unknown network"),
-        (["--bits=9"], "bits"),
+        (["--bits=[9]"], "bits"),
     ],
 )
 def test_bad_options(arguments: list[str], sentence: str, nothing_installed: None, capsys: pytest.CaptureFixture[str]):

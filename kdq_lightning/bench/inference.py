@@ -1,11 +1,14 @@
-"""Images/s of a network in torch and of its exports, each beside the size of its file.
+"""Files of a network and what it costs to run them: bytes, seconds to load, memory, images/s in torch and onnxruntime.
 
 A weight-only low-bit file saves storage, not arithmetic: its network computes in float32.
 """
 
 import copy
 import io
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,7 @@ from kdq_lightning.bench.measure import Timing, hardware, interleaved, print_tab
 from kdq_lightning.commands.onnx_export import onnx_bytes, onnx_session, silence
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.networks import build_network
-from kdq_lightning.quantization import load_packed, quantize
+from kdq_lightning.quantization import Quantized, load_packed, quantize
 from kdq_lightning.runs.checkpoints import state_dict_bytes
 
 HONEST = (
@@ -32,25 +35,86 @@ _REFERENCE = "torch float32"
 
 
 @dataclass(frozen=True)
+class Loading:
+    """What it takes to load a file in a process of its own.
+
+    Attributes:
+        seconds: From the libraries being imported to the logits of one image.
+        resident_mb: Memory that the process holds more after that, megabytes; None where the system doesn't tell.
+    """
+
+    seconds: float
+    resident_mb: float | None
+
+
+@dataclass(frozen=True)
 class Engine:
     """Something that evaluates the network.
 
     Attributes:
         name: What the table calls it.
         evaluate: From images (batch, 3, h, w) on the CPU to logits; it waits until they are computed.
-        file_bytes: Size of the file that it reads.
+        content: The file that it reads.
+        loader: A key of `LOADERS`; empty if loading is not measured.
     """
 
     name: str
     evaluate: Callable[[Tensor], object]
-    file_bytes: int
+    content: bytes
+    loader: str = ""
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.content)
+
+
+LOADERS = {
+    "torch": """
+import torch
+from safetensors.torch import load_file
+from kdq_lightning.networks import build_network
+from kdq_lightning.quantization import load_packed
+from kdq_lightning.quantization.packing import is_packed
+def load(path, network):
+    module = build_network(network, 10).eval()
+    load_packed(path, module) if is_packed(path) else module.load_state_dict(load_file(path), strict=False)
+    with torch.inference_mode():
+        module(torch.zeros(1, 3, 32, 32))
+    return module
+""",
+    "onnx": """
+import numpy, onnxruntime
+def load(path, network):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.intra_op_num_threads = THREADS
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session.run(None, {"images": numpy.zeros((1, 3, 32, 32), numpy.float32)})
+    return session
+""",
+}
+"""Programs that define `load(path, network)`; each runs in a process of its own."""
+
+_MEASURE = """
+import json, os, sys, time
+def resident():
+    try:
+        return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except OSError:
+        return None
+before, start = resident(), time.perf_counter()
+loaded = load(sys.argv[1], sys.argv[2])
+seconds, after = time.perf_counter() - start, resident()
+print(json.dumps({"seconds": seconds, "resident_mb": None if before is None else after - before}))
+"""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the benchmark's options."""
     parser.add_argument("--network", type=str, default="resnet20", help="Network, freshly initialised.")
-    parser.add_argument("--bits", type=int, default=2, help="Bit width of the packed file.")
-    parser.add_argument("--batch_sizes", type=list[int], default=[1, 32, 256], help="Images a call.")
+    parser.add_argument("--bits", type=list[int], default=[2], help="Bit widths of the low-bit files.")
+    parser.add_argument("--batch_sizes", type=list[int], default=[1, 64], help="Images a call.")
     parser.add_argument("--images", type=int, default=256, help="Images of one measurement; at least one call.")
     parser.add_argument("--repeats", type=int, default=5, help="Measurements of each, in turns.")
 
@@ -64,6 +128,7 @@ def run(args: Namespace) -> dict[str, Any]:
     for name, value in (("repeats", args.repeats), ("batch_sizes", min(args.batch_sizes, default=0))):
         check_range(name, value, low=1, including_low=True)
     engines, absent = gather_engines(args.network, args.bits)
+    loadings = {engine.name: measure_loading(engine, args.network) for engine in engines if engine.loader}
     rates = []
     for batch_size in args.batch_sizes:
         images, calls = torch.randn(batch_size, 3, _SIDE, _SIDE), -(-args.images // batch_size)
@@ -72,57 +137,82 @@ def run(args: Namespace) -> dict[str, Any]:
         rates += [_rate(e, batch_size, timings[e.name], batch_size * calls, reference) for e in engines]
     print_table(
         f"Evaluation, {args.network}, {_SIDE}x{_SIDE} pixels, median of {args.repeats}",
-        ["", "file, MB", "batch", "images/s", "range", "ratio"],
-        [_row(rate) for rate in rates],
+        ["", "file, kB", "to load, s", "memory, MB", "batch", "images/s", "range", "ratio"],
+        [_row(rate, loadings.get(rate["engine"])) for rate in rates],
     )
     for sentence in (*absent, HONEST):
         print(sentence)
-    return {"network": args.network, "hardware": hardware(), "rates": rates, "absent": absent}
+    return {
+        "network": args.network,
+        "hardware": hardware(),
+        "files": {engine.name: engine.file_bytes for engine in engines},
+        "loading": {name: vars(loading) for name, loading in loadings.items()},
+        "rates": rates,
+        "absent": absent,
+    }
 
 
-def gather_engines(name: str, bits: int) -> tuple[list[Engine], list[str]]:
+def gather_engines(name: str, bits: Sequence[int]) -> tuple[list[Engine], list[str]]:
     """Return what can evaluate a network here, torch first, and a sentence for each that is not installed."""
     network = build_network(name, _CLASSES).eval()
-    engines, absent = [_float_engine(network), _packed_engine(network, name, bits)], []
+    # Rounding the weights makes files of the same bytes and speed as anything better.
+    images = [torch.randn(2, 3, _SIDE, _SIDE)]
+    low_bit = quantize(network, images, tuple(bits), solver="rounding", progress=lambda *_: None)
+    engines = [Engine(_REFERENCE, _in_torch(network), state_dict_bytes(network), "torch")]
+    engines += [_packed_engine(result, name, width) for width, result in low_bit.items()]
     if torch.cuda.is_available():
         engines.append(_cuda_engine(network))
-    for more in (_onnx_engines, _torchao_engines):
+    absent = []
+    for more in (partial(_onnx_engines, network, low_bit), partial(_torchao_engines, network)):
         try:
-            engines += more(network)
+            engines += more()
         except UserError as error:
             absent.append(f"Not measured: {error}.")
     return engines, absent
 
 
-def _float_engine(network: nn.Module) -> Engine:
-    return Engine(_REFERENCE, _in_torch(network), len(state_dict_bytes(network)))
+def measure_loading(engine: Engine, network: str) -> Loading:
+    """Load an engine's file in a process of its own, with as many threads as here.
+
+    Raises:
+        UserError: If that process fails.
+    """
+    program = f"THREADS = {torch.get_num_threads()}\n" + LOADERS[engine.loader] + _MEASURE
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "network.onnx" if engine.loader == "onnx" else "network.safetensors")
+        path.write_bytes(engine.content)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(path), network], capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise UserError(f"{engine.name} can't be loaded: {done.stderr.strip().splitlines()[-1]}")
+    return Loading(**json.loads(done.stdout))
 
 
-def _packed_engine(network: nn.Module, name: str, bits: int) -> Engine:
-    """Round the weights, which is as fast to evaluate as anything better."""
-    images = torch.randn(2, 3, _SIDE, _SIDE)
-    result = quantize(network, [images], (bits,), solver="rounding", progress=lambda *_: None)[bits]
+def _packed_engine(result: Quantized, name: str, bits: int) -> Engine:
     with TemporaryDirectory() as folder:
         path = Path(folder, "packed.safetensors")
         result.save(path)
         loaded = load_packed(path, build_network(name, _CLASSES).eval())
-        return Engine(f"torch, {bits}-bit file", _in_torch(loaded), path.stat().st_size)
+        return Engine(f"torch, {bits}-bit file", _in_torch(loaded), path.read_bytes(), "torch")
 
 
 def _cuda_engine(network: nn.Module) -> Engine:
     """Transfer of images and logits included."""
     on_device = _in_torch(copy.deepcopy(network).cuda())
     name = f"{_REFERENCE}, {torch.cuda.get_device_name()}"
-    return Engine(name, lambda images: on_device(images.cuda()).cpu(), len(state_dict_bytes(network)))
+    return Engine(name, lambda images: on_device(images.cuda()).cpu(), state_dict_bytes(network))
 
 
-def _onnx_engines(network: nn.Module) -> list[Engine]:
-    content = onnx_bytes(network, {}, {}, "float")
-    int8 = _int8_bytes(content)
-    return [
-        Engine("onnxruntime float32", onnx_session(content), len(content)),
-        Engine("onnxruntime int8", onnx_session(int8), len(int8)),
-    ]
+def _onnx_engines(network: nn.Module, low_bit: Mapping[int, Quantized]) -> list[Engine]:
+    """Return onnxruntime on files of float32, of low-bit weights both ways, and of int8 arithmetic."""
+    files = {"onnxruntime float32": onnx_bytes(network, {}, {}, "float")}
+    for bits, result in low_bit.items():
+        for kind in ("planes", "qdq"):
+            content = onnx_bytes(result.model, result.weights, {}, kind)
+            files[f"onnxruntime {kind}, {bits} bits"] = content
+    files["onnxruntime int8"] = _int8_bytes(files["onnxruntime float32"])
+    return [Engine(name, onnx_session(content), content, "onnx") for name, content in files.items()]
 
 
 def _int8_bytes(content: bytes) -> bytes:
@@ -158,7 +248,7 @@ def _torchao_engines(network: nn.Module) -> list[Engine]:
     quantize_(own, Int8WeightOnlyConfig())
     file = io.BytesIO()
     torch.save(own.state_dict(), file)
-    return [Engine("torchao int8, linear", _in_torch(own), file.tell())]
+    return [Engine("torchao int8, linear", _in_torch(own), file.getvalue())]
 
 
 def _in_torch(network: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -189,10 +279,13 @@ def _rate(engine: Engine, batch_size: int, timing: Timing, images: int, referenc
     }
 
 
-def _row(rate: dict[str, Any]) -> list[str]:
+def _row(rate: dict[str, Any], loading: Loading | None) -> list[str]:
+    memory = loading.resident_mb if loading else None
     return [
         rate["engine"],
-        f"{rate['file_bytes'] / 1e6:.2f}",
+        f"{rate['file_bytes'] / 1e3:,.0f}",
+        f"{loading.seconds:.2f}" if loading else "-",
+        f"{memory:.0f}" if memory is not None else "-",
         str(rate["batch_size"]),
         f"{rate['images_per_second']:,.0f}",
         f"{rate['slowest']:,.0f}-{rate['fastest']:,.0f}",
