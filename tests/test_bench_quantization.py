@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kdq_lightning.bench import quantization
-from kdq_lightning.bench.quantization_accuracy import measure_accuracy, peak_memory, top1
+from kdq_lightning.bench.quantization_accuracy import measure_accuracy, peak_memory
 from kdq_lightning.bench.quantization_speed import floor, measure_speed
+from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError
+from kdq_lightning.evaluation import Split
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import quantize
 
@@ -23,8 +25,15 @@ def small_network() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 10, bias=False)).eval()
 
 
+HALF = Statistics((0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
+
+
 def halves(images):
     return images.float() / 255 - 0.5
+
+
+def top1(network, images, labels):
+    return 100 * (network(halves(images)).argmax(1) == labels).double().mean().item()
 
 
 def pictures(count, side=12):
@@ -33,19 +42,11 @@ def pictures(count, side=12):
     return (colours + torch.randint(64, (count, 3, side, side), generator=generator)).to(torch.uint8)
 
 
-def test_top1_is_in_percent_and_counts_every_image():
-    network, images = small_network(), pictures(300)
-    labels = network(halves(images)).argmax(1)
-    assert top1(network, images, labels, halves) == 100
-    labels[[0, 255, 256]] += 1  # on both sides of the batches' border
-    assert top1(network, images, labels, halves) == 99
-
-
 def test_accuracies_are_those_of_the_quantized_networks():
     network, images = small_network(), pictures(200)
     labels = network(halves(images)).argmax(1)
     draws = [images[:20], images[20:40]]
-    rows, costs = measure_accuracy(network, draws, images, labels, halves, (2, 8))
+    rows, costs = measure_accuracy(network, draws, Split(images, labels), HALF, (2, 8))
     assert [(row.method, row.bits) for row in rows] == [
         ("float", 32),
         *((method, bits) for method in ("official", "rounding", "default") for bits in (2, 8)),
@@ -59,7 +60,7 @@ def test_accuracies_are_those_of_the_quantized_networks():
         (256, "rounding/int"),
     ]
     again = quantize(network, [halves(draws[1])], (2,), mode="official", seed=1)[2]
-    assert rows[1].top1[1] == top1(again.model, images, labels, halves)
+    assert rows[1].top1[1] == top1(again.model, images, labels)
     assert rows[4].mean > 98  # plain rounding at 8 bits
     assert [cost.method for cost in costs] == ["official"] * 2 + ["rounding"] * 2 + ["default"] * 2
     assert all(cost.seconds > 0 and 0.05 < cost.peak_gb < 100 for cost in costs)
@@ -69,7 +70,7 @@ def test_a_peer_takes_part():
     pytest.importorskip("brevitas")
     network, images = small_network(), pictures(100)
     labels = network(halves(images)).argmax(1)
-    _, *rows = measure_accuracy(network, [images[:20]], images, labels, halves, (8,), ["brevitas_gpfq"])[0]
+    _, *rows = measure_accuracy(network, [images[:20]], Split(images, labels), HALF, (8,), ["brevitas_gpfq"])[0]
     assert [(row.method, row.levels) for row in rows] == [("brevitas_gpfq", 255)]
     assert rows[0].mean > 95
 

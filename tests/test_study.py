@@ -1,7 +1,6 @@
 """Studies: plans, what is done, what failed, several at once, and a whole one on digits that is cut off and resumed."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -16,60 +15,23 @@ from safetensors.torch import save_file
 
 from kdq_lightning.cli import main
 from kdq_lightning.commands.command_line import read_settings
-from kdq_lightning.data.base import ImageDataModule
-from kdq_lightning.data.datamodules import DigitsDataModule
 from kdq_lightning.errors import UserError
-from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.networks import build_network
 from kdq_lightning.runs.records import find_records
-from kdq_lightning.study import budget, execution
+from kdq_lightning.study import execution
 from kdq_lightning.study.command import still_to_run
 from kdq_lightning.study.plan import read_study
 from kdq_lightning.study.progress import Progress, find_done, format_seconds
 from kdq_lightning.study.run import Run
 from tests.conftest import CONFIGS
 from tests.records import write_run
+from tests.studies import TINY, write_study
 
 STUDIES = sorted(CONFIGS.glob("study_*.yaml"))
 
-DIGITS = {
-    "data": "DigitsDataModule",
-    "trainer.accelerator": "cpu",
-    "quantization.bits": [2],
-    "quantization.calibration_images": 16,
-}
-
-TINY = {
-    "seeds": [3],
-    "overrides": {
-        **DIGITS,
-        "data.init_args.batch_size": 64,
-        "trainer.max_epochs": 1,
-        "trainer.limit_train_batches": 2,
-        "trainer.limit_val_batches": 1,
-        "trainer.limit_test_batches": 1,
-    },
-    "runs": {
-        "teacher": {"config": "teacher_cpu.yaml", "overrides": {"model.init_args.network": "resnet8"}},
-        "vanilla": {
-            "config": "vanilla_cpu.yaml",
-            "overrides": {"model.init_args.network": "resnet8", "model.init_args.teacher": "{teacher}"},
-        },
-    },
-}
-
-
-def write_plan(content: object, name: str = "tiny") -> Path:
-    """Write a study beside copies of the shipped configs."""
-    for config in CONFIGS.glob("*_cpu.yaml"):
-        shutil.copy(config, config.name)
-    path = Path(f"{name}.yaml")
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
-
 
 def test_plan(workspace: Path):
-    runs = read_study(write_plan(TINY | {"seeds": [0, 7]}), Path("runs"))
+    runs = read_study(write_study(TINY | {"seeds": [0, 7]}), Path("runs"))
     assert [(run.name, run.seed) for run in runs] == [(n, s) for s in (0, 7) for n in ("teacher", "vanilla")]
     student = runs[3]
     assert student.needs == ("teacher",) and student.folder == Path("runs/tiny/seed7/vanilla")
@@ -86,7 +48,7 @@ def test_plan(workspace: Path):
 def test_a_run_may_have_fewer_seeds(workspace: Path):
     seeds = {"teacher": [0, 7], "vanilla": [7]}
     runs = {name: {**entry, "seeds": seeds[name]} for name, entry in TINY["runs"].items()}
-    plan = read_study(write_plan(TINY | {"seeds": [0, 7, 8], "runs": runs}), Path("runs"))
+    plan = read_study(write_study(TINY | {"seeds": [0, 7, 8], "runs": runs}), Path("runs"))
     assert [(run.name, run.seed) for run in plan] == [("teacher", 0), ("teacher", 7), ("vanilla", 7)]
     for wrong, sentence in (
         ({"teacher": [7], "vanilla": [0]}, "with seed 0"),
@@ -94,14 +56,14 @@ def test_a_run_may_have_fewer_seeds(workspace: Path):
     ):
         runs = {name: {**entry, "seeds": wrong.get(name, [0])} for name, entry in TINY["runs"].items()}
         with pytest.raises(UserError, match=sentence):
-            read_study(write_plan(TINY | {"seeds": [0, 7], "runs": runs}), Path("runs"))
+            read_study(write_study(TINY | {"seeds": [0, 7], "runs": runs}), Path("runs"))
 
 
 def test_public_weights(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Weights that are there are quantized, once, and teach; where they are not, the teacher is trained."""
     weights = {"path": "public.safetensors", "network": "resnet8", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
     runs = {**TINY["runs"], "teacher": {**TINY["runs"]["teacher"], "weights": weights}}
-    path = write_plan(TINY | {"seeds": [0, 1], "runs": runs})
+    path = write_study(TINY | {"seeds": [0, 1], "runs": runs})
     assert [run.command for run in read_study(path, Path("runs"))] == ["fit"] * 4
     assert capsys.readouterr().err == "public.safetensors is not there: teacher is trained instead\n"
     save_file(build_network("resnet8", 10).state_dict(), "public.safetensors")
@@ -120,7 +82,7 @@ def test_public_weights(workspace: Path, capsys: pytest.CaptureFixture[str]):
 
 STUDY_KEYS = "its keys are runs (dict), seeds (list[int]), overrides (dict)"
 RUN_KEYS = "its keys are config (str), overrides (dict), seeds (list[int]), quantizes (str), weights (dict)"
-WEIGHTS_KEYS = "its keys are path (str), network (str), mean (three numbers), std (three numbers)"
+WEIGHTS_KEYS = "its keys are path (str), network (str), mean (numbers), std (numbers)"
 BAD = [
     ("runs: [", "is not valid YAML: "),
     ("[3]", f"the study is not understood: Expected keys with values, got [3]; {STUDY_KEYS}"),
@@ -158,7 +120,7 @@ BAD = [
 
 @pytest.mark.parametrize(("text", "sentence"), BAD, ids=[text for text, _ in BAD])
 def test_bad_studies(text: str, sentence: str, workspace: Path, capsys: pytest.CaptureFixture[str]):
-    path = write_plan({})
+    path = write_study({})
     path.write_text(text)
     assert main(["study", str(path)]) == 1
     error = capsys.readouterr().err
@@ -168,13 +130,13 @@ def test_bad_studies(text: str, sentence: str, workspace: Path, capsys: pytest.C
 def test_overrides_reach_the_command_as_they_are_written(workspace: Path):
     """jsonargparse would read text such as 007 as a number."""
     overrides = {"name": "007", "model.init_args.temperature": float("inf"), "quantization.bits": [2], "x": None}
-    path = write_plan({"runs": {"a": {"config": "teacher_cpu.yaml", "overrides": overrides}}})
+    path = write_study({"runs": {"a": {"config": "teacher_cpu.yaml", "overrides": overrides}}})
     written = ["--name=007", "--model.init_args.temperature=.inf", "--quantization.bits=[2]", "--x=null"]
     assert read_study(path, Path("runs"))[0].arguments[-4:] == written
 
 
 def test_bad_options(workspace: Path, capsys: pytest.CaptureFixture[str]):
-    path = write_plan(TINY)
+    path = write_study(TINY)
     assert main(["study", "nothing.yaml"]) == 1 and "nothing.yaml cannot be read" in capsys.readouterr().err
     assert main(["study", str(path), "--devices", "0"]) == 1 and "at least 1" in capsys.readouterr().err
     assert main(["study", str(path), "--results", "x"]) == 1 and "is not a folder" in capsys.readouterr().err
@@ -188,7 +150,7 @@ def test_some_seeds(workspace: Path, capsys: pytest.CaptureFixture[str]):
     weights = {"path": "public.safetensors", "network": "resnet8", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
     save_file(build_network("resnet8", 10).state_dict(), "public.safetensors")
     runs = {**TINY["runs"], "teacher": {**TINY["runs"]["teacher"], "weights": weights}}
-    path = write_plan(TINY | {"seeds": [0, 1, 2], "runs": runs})
+    path = write_study(TINY | {"seeds": [0, 1, 2], "runs": runs})
     assert main(["study", str(path), "--seeds", "[2]", "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [(line.split()[1], line.split()[7]) for line in lines] == [("quantize", "0"), ("fit", "2")]
@@ -224,7 +186,7 @@ def test_shipped_plans_are_understood(path: Path, workspace: Path):
 
 def test_done_is_what_has_every_record(workspace: Path):
     """All bit widths and all peers, of this config and seed, wherever they lie."""
-    runs = read_study(write_plan(TINY), Path("runs"))
+    runs = read_study(write_study(TINY), Path("runs"))
     assert find_done(runs, []) == {}
     settings = read_settings(runs[0].arguments).config_hash
     folder = Path("elsewhere/any/version_0")
@@ -261,7 +223,7 @@ def test_goes_on_past_a_failed_run(
             raise SystemExit(2)
         return int(name == "fails")
 
-    monkeypatch.setattr(execution, "main", fake)
+    monkeypatch.setattr(execution, "run_command", fake)
     runs = [*make_runs("fails", "needs it", needs="fails"), *make_runs("raises", "option", "works")]
     progress = Progress(5, 5, 1)
     failed = execution.execute(runs, 1, progress)
@@ -270,7 +232,7 @@ def test_goes_on_past_a_failed_run(
     out = capsys.readouterr().out
     assert "printed by" not in out and out.count("FAILED, see runs/") == 3 and "works, seed 0: done" in out
     assert "a bug" in Path("runs/raises.log").read_text()
-    monkeypatch.setattr(execution, "main", lambda arguments: (_ for _ in ()).throw(SystemExit(143)))
+    monkeypatch.setattr(execution, "run_command", lambda arguments: (_ for _ in ()).throw(SystemExit(143)))
     with pytest.raises(SystemExit):
         execution.execute(runs[:1], 1, progress)
 
@@ -311,7 +273,7 @@ def test_remaining_time():
 
 def test_a_whole_study(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Run, run again with nothing to do, cut off in three ways and resumed: the same report to the byte."""
-    path = write_plan(TINY)
+    path = write_study(TINY)
     assert main(["study", str(path), "--dry_run"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 and not Path("runs").exists()
     assert main(["study", str(path)]) == 0, [log.read_text() for log in Path("runs").rglob("*.log")]
@@ -353,13 +315,13 @@ def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(workspace
         "control": {"config": "control_cpu.yaml", "overrides": small},
         "vanilla_paper": {"config": "vanilla_cpu.yaml", "quantizes": "vanilla", "overrides": paper},
     }
-    first = write_plan({**TINY, "runs": runs}).read_text()
+    first = write_study({**TINY, "runs": runs}).read_text()
     assert main(["study", "tiny.yaml"]) == 0 and left(Path("tiny.yaml")) == set()
     dkd = Path("runs/tiny/seed3/dkd/version_0")
     (dkd / "finished").unlink()
     (dkd / "quantized.csv").unlink()  # cut off
     longer = {**runs["teacher"], "overrides": {**small, "trainer.max_epochs": 2}}
-    path = write_plan({**TINY, "runs": {**runs, "teacher": longer}})
+    path = write_study({**TINY, "runs": {**runs, "teacher": longer}})
     assert left(path) == {"teacher", "dkd"}
     assert main(["study", str(path)]) == 0 and left(path) == set()
     for name in ("teacher", "vanilla", "dkd", "vanilla_paper-quantized"):
@@ -374,10 +336,10 @@ def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(workspace
 @pytest.mark.slow
 def test_other_settings_start_again(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Nothing of what is there counts, and nothing is resumed."""
-    assert main(["study", str(write_plan(TINY))]) == 0
+    assert main(["study", str(write_study(TINY))]) == 0
     changed = TINY | {"overrides": TINY["overrides"] | {"quantization.calibration_images": 20}}
     capsys.readouterr()
-    assert main(["study", str(write_plan(changed))]) == 0
+    assert main(["study", str(write_study(changed))]) == 0
     assert "2 runs, 0 of them" in capsys.readouterr().out
     assert Path("runs/tiny/seed3/vanilla/version_1/finished").exists()
 
@@ -434,7 +396,7 @@ def test_a_run_is_quantized_in_another_way(workspace: Path, capsys: pytest.Captu
         "overrides": {"model.init_args.network": "resnet8", "quantization.codebook": "paper"},
     }
     control = {"config": "control_cpu.yaml", "overrides": {"model.init_args.network": "resnet8"}}
-    path = write_plan(TINY | {"seeds": [3, 4], "runs": {"control": control, "control_paper": again}})
+    path = write_study(TINY | {"seeds": [3, 4], "runs": {"control": control, "control_paper": again}})
     assert main(["study", str(path), "--budget_minutes=1000", "--dry_run"]) == 0
     assert "kdq quantize --config control_cpu.yaml --name control_paper --seed_everything 4" in capsys.readouterr().out
     assert main(["study", str(path)]) == 0
@@ -456,105 +418,8 @@ def test_a_run_is_quantized_in_another_way(workspace: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.strip() == ""
 
 
-BUDGET = {
-    "seeds": [0, 1],
-    "overrides": {**DIGITS, "data.init_args.batch_size": 512, "trainer.max_epochs": 300},
-    "runs": {
-        "teacher": TINY["runs"]["teacher"],
-        "vanilla": {
-            "config": "vanilla_cpu.yaml",
-            "overrides": {**TINY["runs"]["vanilla"]["overrides"], "data.init_args.image_sizes": [8, 16]},
-        },
-        "dml": {
-            "config": "dml_cpu.yaml",
-            "seeds": [1],
-            "overrides": {"model.init_args.networks": ["resnet8", "resnet8"]},
-        },
-    },
-}
-"""Without image sizes for the teacher and the peers, which the plan gives them, and with vanilla's own."""
-
-
-def test_a_budget_is_planned_and_kept(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """Known seconds: 2 s a step for each network, a teacher's answer among them, halved with the image's side."""
-    monkeypatch.setattr(budget.Meter, "forward_seconds", lambda *_: 0.001)
-    monkeypatch.setattr(budget.Meter, "quantization_seconds", lambda *_: 3.0)
-
-    def seconds(module: Classifier, data: ImageDataModule, steps: int, **_: object) -> float:
-        networks = len(module.networks()) + (getattr(module, "teacher", None) is not None)
-        return steps * 2 * networks * data.image_sizes[0] / 16
-
-    monkeypatch.setattr(budget, "trainer_seconds", seconds)
-    path = write_plan(BUDGET, "long")
-    assert main(["study", str(path), "--budget_minutes=600", "--dry_run"]) == 0
-    plan = yaml.safe_load(Path("runs/long/plan.yaml").read_text())
-    data = DigitsDataModule(batch_size=128)
-    data.setup()
-    steps, evaluated = len(data.train_index) // 128, len(data.val_index) + len(data.test_set)
-    seconds_an_epoch = {"teacher": 2 * 0.75 * steps, "vanilla": 4 * 0.75 * steps, "dml": 4 * 0.75 * steps}
-    validation, networks = len(data.val_index) * 0.001, {"teacher": 1, "vanilla": 1, "dml": 2}
-    total = 0.0
-    for name, entry in plan["runs"].items():
-        epochs = entry["options"]["trainer.max_epochs"]
-        assert entry["options"]["data.init_args.batch_size"] == 128
-        assert entry["options"]["model.init_args.learning_rate"] == pytest.approx({"teacher": 0.1}.get(name, 0.2) / 4)
-        assert ("data.init_args.image_sizes" in entry["options"]) == (name != "vanilla")
-        after = networks[name] * (2 * evaluated * 0.001 + 3)
-        after += evaluated * 0.001 if name == "vanilla" else 0  # its teacher's answers
-        minutes = (epochs * (seconds_an_epoch[name] + networks[name] * validation) + after) / 60
-        assert entry["minutes"] == pytest.approx(minutes, abs=0.06), name
-        total += minutes * (1 if name == "dml" else 2)
-    assert len({entry["options"]["trainer.max_epochs"] for entry in plan["runs"].values()}) == 1  # the same share
-    assert plan["projected_minutes"] == pytest.approx(total, abs=0.06)
-    assert 0.9 * 570 < total <= 570  # an epoch more of each would be too many
-    printed = capsys.readouterr().out
-    assert f"--trainer.max_epochs={epochs} " in printed and f"projected: {total:.1f} of 600 minutes" in printed
-    assert main(["study", str(path), "--budget_minutes=60", "--dry_run"]) == 0
-    assert "as planned in runs/long/plan.yaml" in capsys.readouterr().err
-    assert yaml.safe_load(Path("runs/long/plan.yaml").read_text()) == plan
-    Path("runs/long/plan.yaml").unlink()
-    assert main(["study", str(path), "--budget_minutes=200", "--seeds=[0]", "--dry_run"]) == 0
-    one_seed = yaml.safe_load(Path("runs/long/plan.yaml").read_text())  # without dml, which has seed 1 alone
-    assert one_seed["runs"].keys() == plan["runs"].keys()
-    minutes = {name: entry["minutes"] for name, entry in one_seed["runs"].items()}
-    assert one_seed["projected_minutes"] == pytest.approx(minutes["teacher"] + minutes["vanilla"], abs=0.1)
-    assert 0.9 * 190 < one_seed["projected_minutes"] <= 190
-    assert re.findall(r"(\w+, seed \d): \d+ epochs", capsys.readouterr().out) == ["teacher, seed 0", "vanilla, seed 0"]
-    Path("runs/long/plan.yaml").unlink()
-    assert main(["study", str(path), "--budget_minutes=1"]) == 1
-    assert "1 minutes are too few" in capsys.readouterr().err and not Path("runs/long/plan.yaml").exists()
-    Path("runs/long/plan.yaml").write_text("nonsense")
-    assert main(["study", str(path), "--dry_run"]) == 1
-    assert "plan.yaml is not a plan" in capsys.readouterr().err
-
-
-def test_what_recovering_costs(workspace: Path, monkeypatch: pytest.MonkeyPatch):
-    """No quantization, one evaluation of its own and one of the teacher; hints ask the teacher whatever is kept."""
-    monkeypatch.setattr(budget.Meter, "forward_seconds", lambda *_: 0.001)
-    monkeypatch.setattr(budget.Meter, "quantization_seconds", lambda *_: 3.0)
-    monkeypatch.setattr(
-        budget,
-        "trainer_seconds",
-        lambda module, data, steps, **_: steps * (3.0 if getattr(module, "teacher", None) else 1),
-    )
-    cached = {**TINY["runs"]["vanilla"]["overrides"], "model.init_args.teacher_cache": "answers"}
-    recover = {"config": "recover_cpu.yaml", "overrides": {**cached, "model.init_args.packed": "{vanilla}"}}
-    runs = {**TINY["runs"], "hint": {"config": "hint_cpu.yaml", "overrides": cached}, "recover_2bit": recover}
-    runs["vanilla"] = {"config": "vanilla_cpu.yaml", "overrides": cached}
-    plan = read_study(write_plan({**TINY, "runs": runs}), Path("runs"))
-    meter = budget.Meter(plan)
-    costs = {run.name: (meter.plan(run).cost, meter._finds_answers(run)) for run in plan}
-    evaluated = 0.001 * (len(meter.data(plan[0]).val_index) + len(meter.data(plan[0]).test_set))
-    assert costs["recover_2bit"][0].after == pytest.approx(2 * evaluated)
-    assert costs["hint"][0].after == pytest.approx(3 * evaluated + 3)
-    assert costs["teacher"][0].after == pytest.approx(2 * evaluated + 3)
-    assert [found for _, found in costs.values()] == [False, False, True, True]
-    steps = {name: (cost.epoch - 0.001 * len(meter.data(plan[0]).val_index)) / 2 for name, (cost, _) in costs.items()}
-    assert steps == pytest.approx({"teacher": 1, "vanilla": 3, "hint": 3, "recover_2bit": 1})
-
-
 def test_a_plan_knows_every_run(workspace: Path, capsys: pytest.CaptureFixture[str]):
-    path = write_plan(TINY)
+    path = write_study(TINY)
     Path("runs/tiny").mkdir(parents=True)
     planned = {"teacher": {"options": {"trainer.max_epochs": 7}, "minutes": 1.0}}
     Path("runs/tiny/plan.yaml").write_text(yaml.safe_dump({"runs": planned}))
@@ -562,52 +427,3 @@ def test_a_plan_knows_every_run(workspace: Path, capsys: pytest.CaptureFixture[s
         read_study(path, Path("runs"))
     Path("runs/tiny/plan.yaml").write_text(yaml.safe_dump({"runs": {**planned, "vanilla": planned["teacher"]}}))
     assert all("--trainer.max_epochs=7" in run.arguments for run in read_study(path, Path("runs")))
-
-
-def test_runs_at_once_wait_for_their_teachers():
-    def planned(name: str, minutes: float, *needs: str) -> budget.PlannedRun:
-        run = Run(name, 0, "fit", (), Path("runs"), needs)
-        return budget.PlannedRun(run, budget.RunCost(60.0, 0.0), {}, wanted=int(minutes), sizes=1)
-
-    plan = [planned("teacher", 10), planned("a", 4, "teacher"), planned("b", 3, "a"), planned("c", 1)]
-    assert [budget.total_minutes(plan, 1.0, at_once) for at_once in (1, 2, 8)] == [18, 17, 17]
-
-
-def test_a_budget_is_measured(workspace: Path):
-    """More epochs than fit into any hundred minutes: those planned take nearly all of them by what was measured."""
-    long = {"trainer.max_epochs": 10**5, "trainer.limit_train_batches": 2, "data.init_args.batch_size": 64}
-    plan = write_plan({**TINY, "overrides": {**TINY["overrides"], **long}})
-    assert main(["study", str(plan), "--budget_minutes=100", "--dry_run"]) == 0
-    planned = yaml.safe_load(Path("runs/tiny/plan.yaml").read_text())
-    epochs = {entry["options"]["trainer.max_epochs"] for entry in planned["runs"].values()}
-    assert len(epochs) == 1 and 1000 < epochs.pop() < 10**5
-    assert 80 < planned["projected_minutes"] <= 95
-
-
-def test_a_budget_is_held(workspace: Path):
-    """A tiny study through `--budget_minutes`: the runs have the planned epochs."""
-    small = {"trainer.max_epochs": 4, "trainer.limit_train_batches": 2, "data.init_args.batch_size": 64}
-    plan = write_plan({**TINY, "overrides": {**TINY["overrides"], **small}})
-    assert main(["study", str(plan), "--budget_minutes=100"]) == 0
-    planned = yaml.safe_load(Path("runs/tiny/plan.yaml").read_text())["runs"]
-    assert {entry["options"]["trainer.max_epochs"] for entry in planned.values()} == {4}  # never more than the config's
-    checkpoint = torch.load("runs/tiny/seed3/vanilla/version_0/checkpoints/last.ckpt", weights_only=True)
-    assert checkpoint["epoch"] == 3 and Path("runs/tiny/report/report.md").is_file()
-
-
-def test_answers_that_are_kept_cost_nothing(workspace: Path):
-    """Of two runs of a seed that share a teacher's answers the first one pays, unless both run at once."""
-    runs = dict(BUDGET["runs"])
-    cached = {**runs["vanilla"]["overrides"], "model.init_args.teacher_cache": "answers"}
-    runs = {"teacher": runs["teacher"], "vanilla": {**runs["vanilla"], "overrides": cached, "seeds": [1]}}
-    runs |= {"dkd": {"config": "dkd_cpu.yaml", "overrides": cached}}
-    plan = read_study(write_plan({**BUDGET, "runs": runs}), Path("runs"))
-    assert [run.label for run in plan] == [
-        "teacher, seed 0",
-        "dkd, seed 0",
-        "teacher, seed 1",
-        "vanilla, seed 1",
-        "dkd, seed 1",
-    ]
-    assert [budget.Meter(plan)._finds_answers(run) for run in plan] == [False, False, False, False, True]
-    assert not any(budget.Meter(plan, at_once=2)._finds_answers(run) for run in plan)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from kdq_lightning.bench.measure import hardware, print_table
 from kdq_lightning.bench.peers import PEERS
-from kdq_lightning.bench.quantization_accuracy import METHODS, Accuracy, Cost, measure_accuracy
+from kdq_lightning.bench.quantization_accuracy import METHODS, Accuracy, QuantizationCost, measure_accuracy
 from kdq_lightning.bench.quantization_speed import Speed, measure_speed
 from kdq_lightning.data.datamodules import CIFARDataModule
 from kdq_lightning.errors import UserError
+from kdq_lightning.evaluation import Split
 from kdq_lightning.runs.checkpoints import add_network_arguments, load_network
 
 NAMES = (*METHODS, *PEERS)
@@ -49,11 +50,9 @@ def run(args: Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"network": trained.network, "dataset": args.dataset, "hardware": hardware()}
     if args.draws:
         draws = [_draw(data, args.images, seed) for seed in range(args.draws)]
-        test = data.test_set
-        accuracies, costs = measure_accuracy(
-            model, draws, test.images, test.labels, data.normalize, args.bits, args.methods
-        )
-        title = f"{trained.network}, {args.dataset}, {len(test)} test images, {args.images} calibration images"
+        test = Split(data.test_set.images, data.test_set.labels)
+        accuracies, costs = measure_accuracy(model, draws, test, trained.statistics, args.bits, args.methods)
+        title = f"{trained.network}, {args.dataset}, {len(test.labels)} test images, {args.images} calibration images"
         print_accuracies(title, accuracies)
         print_costs(f"{trained.network}, {len(args.bits)} bit widths together, a draw", costs)
         figures |= {"accuracies": list(map(asdict, accuracies)), "costs": list(map(asdict, costs))}
@@ -93,7 +92,7 @@ def print_accuracies(title: str, rows: Sequence[Accuracy]) -> None:
     )
 
 
-def print_costs(title: str, costs: Sequence[Cost]) -> None:
+def print_costs(title: str, costs: Sequence[QuantizationCost]) -> None:
     """Print seconds and memory of each method, the mean and the most over the draws."""
     rows = []
     for method in dict.fromkeys(cost.method for cost in costs):

@@ -1,4 +1,4 @@
-"""What quantized networks get right on the test images: methods, bit widths and calibration draws."""
+"""Test accuracy of quantized networks, by method, bit width and calibration draw."""
 
 import resource
 import tempfile
@@ -7,18 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdq_lightning.bench.peers import PEERS, quantize_brevitas
+from kdq_lightning.data.normalization import Statistics, normalize
+from kdq_lightning.evaluation import Split, evaluate
 from kdq_lightning.quantization import Quantized, quantize
 from kdq_lightning.quantization.packing import save_packed
 from kdq_lightning.runs.checkpoints import state_dict_bytes
 
-BATCH = 256
+BATCH = 256  # calibration images
 
 METHODS: dict[str, dict[str, Any]] = {
     "official": {"mode": "official"},
@@ -51,12 +53,12 @@ class Accuracy:
     @property
     def mean(self) -> float:
         """Mean over the draws, percent."""
-        return mean(self.top1)
+        return fmean(self.top1)
 
 
 @dataclass
-class Cost:
-    """What one method took for all bit widths of one draw.
+class QuantizationCost:
+    """What one method takes for all bit widths of one draw.
 
     Attributes:
         method: One of `METHODS` or `PEERS`.
@@ -72,20 +74,18 @@ class Cost:
 def measure_accuracy(
     model: nn.Module,
     draws: Sequence[Tensor],
-    test_images: Tensor,
-    test_labels: Tensor,
-    normalize: Callable[[Tensor], Tensor],
+    test: Split,
+    statistics: Statistics,
     bits: Sequence[int],
     methods: Sequence[str] = tuple(METHODS),
-) -> tuple[list[Accuracy], list[Cost]]:
+) -> tuple[list[Accuracy], list[QuantizationCost]]:
     """Quantize a network with each method on each draw, and test it at each bit width.
 
     Args:
         model: The float network, in eval mode, on the device to use.
         draws: Calibration images, uint8, (images, 3, h, w) each; the number of a draw seeds its patches, too.
-        test_images: uint8, (images, 3, h, w).
-        test_labels: (images,).
-        normalize: Turns uint8 images into the network's inputs.
+        test: Images that the networks are tested on.
+        statistics: Those of the inputs that the network expects.
         bits: Bit widths.
         methods: Some of `METHODS` and `PEERS`.
 
@@ -94,7 +94,7 @@ def measure_accuracy(
     """
 
     def score(network: nn.Module) -> float:
-        return top1(network, test_images, test_labels, normalize)
+        return evaluate(network, test, statistics).top1
 
     rows = {("float", 32): Accuracy("float", 32, 0, "", len(state_dict_bytes(model)), [score(model)])}
     costs = []
@@ -102,9 +102,9 @@ def measure_accuracy(
         for seed, images in enumerate(draws):
             with peak_memory() as peak:
                 start = time.perf_counter()
-                batches = [normalize(batch) for batch in torch.split(images, BATCH)]
+                batches = [normalize(batch, statistics) for batch in torch.split(images, BATCH)]
                 results = quantize_by(method, model, batches, bits, seed)
-                costs.append(Cost(method, time.perf_counter() - start, 0.0))
+                costs.append(QuantizationCost(method, time.perf_counter() - start, 0.0))
             costs[-1].peak_gb = peak()
             for width, (network, packed) in results.items():
                 row = rows.setdefault((method, width), _describe(method, width, packed))
@@ -120,18 +120,6 @@ def quantize_by(
         return {width: (quantize_brevitas(model, batches, width, method), None) for width in bits}
     results = quantize(model, batches, bits, seed=seed, **METHODS[method])
     return {width: (result.model, result) for width, result in results.items()}
-
-
-@torch.inference_mode()
-def top1(model: nn.Module, images: Tensor, labels: Tensor, normalize: Callable[[Tensor], Tensor]) -> float:
-    """Return the accuracy in percent on uint8 images (images, 3, h, w)."""
-    device = next(model.parameters()).device
-    hits = 0
-    for batch, batch_labels in zip(torch.split(images, BATCH), torch.split(labels, BATCH), strict=True):
-        inputs = normalize(batch.to(device)).contiguous(memory_format=torch.channels_last)  # 1.5 times as fast
-        logits = model(inputs)
-        hits += int((logits.argmax(1).cpu() == batch_labels).sum())
-    return 100 * hits / len(labels)
 
 
 def _describe(method: str, bits: int, result: Quantized | None) -> Accuracy:

@@ -18,7 +18,6 @@ from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.losses import cross_entropy, kd_loss, mutual_loss
 from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.modules.distillation import Distillation
 from kdq_lightning.modules.dkd import DecoupledKD
 from kdq_lightning.modules.dml import MutualLearning
 from kdq_lightning.modules.mixup import MixupKD
@@ -34,24 +33,32 @@ STRATEGIES: dict[str, type[Classifier]] = {
     "dkd": DecoupledKD,
     "dml": MutualLearning,
 }
-WARMUP = 2  # steps that are not counted: memory is allocated, kernels are chosen
+WARMUP = 2  # batches that are not counted: memory is allocated, kernels are chosen
 
 
 class _Clock(Callback):
-    """Measures the steps after the warm-up."""
+    """Measures the batches after the warm-up, then ends the training."""
 
-    started = seconds = 0.0
+    def __init__(self, warmup: int, batches: int) -> None:
+        self.warmup, self.last = warmup, warmup + batches
+        self.seen = 0
+        self.started = self.seconds = 0.0
 
     def on_train_batch_start(
         self, trainer: LightningTrainer, module: LightningModule, batch: object, batch_idx: int
     ) -> None:
-        if trainer.global_step == WARMUP:
+        if self.seen == self.warmup:
             _wait(module.device)
             self.started = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: LightningTrainer, module: LightningModule) -> None:
-        _wait(module.device)
-        self.seconds = time.perf_counter() - self.started
+    def on_train_batch_end(
+        self, trainer: LightningTrainer, module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        self.seen += 1
+        if self.seen == self.last:
+            _wait(module.device)
+            self.seconds = time.perf_counter() - self.started
+            trainer.should_stop = True
 
 
 def _wait(device: torch.device) -> None:
@@ -59,24 +66,33 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def trainer_seconds(module: Classifier, data: ImageDataModule, steps: int, **options: Any) -> float:
-    """Return the seconds of `steps` Trainer steps, in as many epochs as they take, warm-up apart.
+def trainer_seconds(
+    module: Classifier, data: ImageDataModule, batches: int, accumulate_grad_batches: int = 1, **options: Any
+) -> float:
+    """Return the seconds that the Trainer takes for so many training batches, in as many epochs as they need.
 
     Args:
-        module: To train.
-        data: Its images.
-        steps: That are counted.
-        **options: Of the Trainer.
+        module: The module to train.
+        data: Its images, set up.
+        batches: Batches that are counted; a multiple of `accumulate_grad_batches` counts whole optimizer steps.
+        accumulate_grad_batches: Batches between two steps of the optimizer, at least one of which warms up.
+        **options: Further arguments of the Trainer.
     """
-    clock = _Clock()
-    every = WARMUP + steps
-    trainer = Trainer(
-        max_epochs=every, max_steps=every, limit_train_batches=every, limit_val_batches=0, logger=False, devices=1,
-        enable_progress_bar=False, enable_checkpointing=False, callbacks=[clock], **options,
+    clock = _Clock(round_up(WARMUP, accumulate_grad_batches), batches)
+    an_epoch = min(clock.last, max(len(data.train_index) // data.batch_size, 1))
+    trainer = Trainer(  # no more epochs than needed: the stages of a strategy are shares of them
+        max_epochs=-(-clock.last // an_epoch), limit_train_batches=clock.last, limit_val_batches=0, devices=1,
+        logger=False, enable_progress_bar=False, enable_checkpointing=False, callbacks=[clock],
+        accumulate_grad_batches=accumulate_grad_batches, **options,
     )  # fmt: skip
     module.print = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.fit(module, data)
     return clock.seconds
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Return the least multiple of a whole number that is not below `number`."""
+    return -(-number // multiple) * multiple
 
 
 def _bare_seconds(networks: nn.ModuleList, teacher: Teacher | None, batch: tuple[Tensor, Tensor], steps: int) -> float:
@@ -107,16 +123,10 @@ def _bare_seconds(networks: nn.ModuleList, teacher: Teacher | None, batch: tuple
 
 
 def _module(strategy: str, network: str, teacher: Teacher) -> Classifier:
-    """Return a strategy's module; a teacher stays in memory, where `setup` would read it from a file."""
-    known: dict[str, Any] = {"num_classes": 10, "learning_rate": 0.1}
-    if strategy == "dml":
-        return MutualLearning([network, network], **known)
-    kind = STRATEGIES[strategy]
-    if not issubclass(kind, Distillation):
-        return kind(network, **known)
-    module = kind(teacher="in memory", network=network, **known)
-    module.teacher = teacher
-    return module
+    """Return the module of a strategy, beside the teacher if it has one."""
+    networks = {"networks": [network, network]} if strategy == "dml" else {"network": network}
+    options = {**networks, "num_classes": 10, "learning_rate": 0.1}
+    return STRATEGIES[strategy].for_timing(options, teacher, is_cached=False)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -156,8 +166,7 @@ def run(args: Namespace) -> dict[str, Any]:
             module = _module(name, args.network, teacher)
             bare = nn.ModuleList(build_network(args.network, 10) for _ in module.networks())
             bare = bare.to(device).to(memory_format=layout)
-            taught = teacher if isinstance(module, Distillation) else None
-            seconds["limit"].append(_bare_seconds(bare, taught, batch, args.steps))
+            seconds["limit"].append(_bare_seconds(bare, module.find_teacher(), batch, args.steps))
             seconds["trainer"].append(trainer_seconds(module, data, args.steps))
     print_table(
         f"Training step, {args.network}, batch {args.batch_size}, {figures['precision']}, channels_last",

@@ -116,6 +116,19 @@ class Classifier(LightningModule):
         self.scores = Scores(self.networks(), num_classes)
         self._epoch = TrainingEpoch(self.device)
 
+    @classmethod
+    def for_timing(cls, options: Mapping[str, Any], teacher: Teacher | None, is_cached: bool) -> "Classifier":
+        """Build a module whose training step takes as long as a step of this strategy, for measuring it.
+
+        A strategy overrides this if its step needs a file that a study has yet to write, or its steps differ in cost.
+
+        Args:
+            options: Arguments of `__init__`; `weights` is ignored.
+            teacher: An untrained network in the teacher's place; None if the strategy has no teacher.
+            is_cached: Whether the teacher's logits on the training views are on disk already.
+        """
+        return cls(**{name: value for name, value in options.items() if name != "weights"})
+
     def _build_networks(self) -> None:
         self.network = build_network(self.network_name, self.num_classes)
 

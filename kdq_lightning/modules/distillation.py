@@ -1,5 +1,6 @@
 """The base of every strategy with a teacher: loads it, freezes it, and keeps it out of the student's checkpoint."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from kdq_lightning.data.images import Batch
 from kdq_lightning.data.normalization import Channels
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.modules.logit_cache import LogitCache
+from kdq_lightning.modules.logit_cache import KnownLogits, LogitCache
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.runs.checkpoints import Description, load_trained
 
@@ -55,6 +56,15 @@ class Distillation(Classifier):
         self._cache: LogitCache | None = None
         self.agreement = MeanMetric()
         self._teacher_top1: dict[int, Tensor] = {}
+
+    @classmethod
+    def for_timing(cls, options: Mapping[str, Any], teacher: Teacher | None, is_cached: bool) -> Classifier:
+        """Build the student beside the given teacher, with logits at no cost where they are on disk already."""
+        given = {name: value for name, value in options.items() if name not in ("weights", "teacher_cache")}
+        module = cls(**given | {"teacher": "in memory"})
+        module.teacher = teacher
+        module._cache = KnownLogits(module.num_classes) if is_cached else None
+        return module
 
     def setup(self, stage: str) -> None:
         """Load the teacher for training; nothing else needs it."""

@@ -15,9 +15,11 @@ from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.files import file_digest
 from kdq_lightning.losses import kd_loss
-from kdq_lightning.modules.classifier import Losses, Strategy
+from kdq_lightning.modules.classifier import Classifier, Losses, Strategy
 from kdq_lightning.modules.distillation import Distillation
 from kdq_lightning.modules.schedule import Cycle, one_cycle
+from kdq_lightning.modules.teacher import Teacher
+from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.packing import load_packed, read_metadata, read_weights
 from kdq_lightning.runs.checkpoints import FINISHED, versions
@@ -58,6 +60,12 @@ class Recover(Distillation):
         self.gains = nn.ParameterList()
         self._weights: dict[str, QuantizedWeight] = {}  # as they were packed
         self._digest = ""  # of the packed file
+
+    @classmethod
+    def for_timing(cls, options: Mapping[str, Any], teacher: Teacher | None, is_cached: bool) -> Classifier:
+        """Build vanilla distillation of the same network, which costs as much or more and needs no packed file."""
+        given = {name: options[name] for name in ("network", "num_classes")}
+        return VanillaKD.for_timing(given, teacher, is_cached)
 
     def setup(self, stage: str) -> None:
         """Load the packed network; only training can't do without its file."""

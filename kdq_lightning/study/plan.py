@@ -28,7 +28,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kdq_lightning.commands.arguments import one_sentence
-from kdq_lightning.data.normalization import Statistics
+from kdq_lightning.data.normalization import Channels
 from kdq_lightning.errors import UserError
 from kdq_lightning.study.run import Run
 
@@ -52,8 +52,8 @@ class PublicWeights:
 
     path: str
     network: str
-    mean: Statistics
-    std: Statistics
+    mean: Channels
+    std: Channels
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,9 @@ def _parse(kind: type[Content], content: object, what: str) -> Content:
 
 
 def _name_of(hint: object) -> str:
-    """Return what an error calls the type of a key: str, list[int], dict, three numbers."""
-    if hint == Statistics:
-        return "three numbers"
+    """Return what an error calls the type of a key: str, list[int], dict, numbers."""
+    if hint == Channels:
+        return "numbers"
     return getattr(hint, "__name__", "") if isinstance(hint, type) else str(hint).removesuffix(" | None")
 
 

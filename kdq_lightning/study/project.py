@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from kdq_lightning.bench.measure import hardware, print_table
 from kdq_lightning.bench.subjects import run_subject, subject_parser
 from kdq_lightning.errors import UserError
-from kdq_lightning.study.budget import Meter
+from kdq_lightning.study.cost import CostMeter
 from kdq_lightning.study.run import Run
 
 
@@ -40,18 +40,19 @@ def run(args: Namespace) -> dict[str, Any]:
     options = ["--config", str(args.config)]
     options += [f"--data.root={args.root}"] if args.root else []
     options += [f"--model.init_args.teacher_network={args.teacher_network}"] if args.teacher_network else []
-    meter = Meter([Run(args.config.stem, 0, "fit", tuple(options), Path("runs"), needs=())])
-    planned = meter.plan(meter.runs[0], as_it_is=True)
-    training, after = planned.wanted * planned.cost.epoch / 60, planned.cost.after / 60
+    only = Run(args.config.stem, 0, "fit", tuple(options), Path("runs"), needs=())
+    meter = CostMeter([only])
+    epochs, cost = meter.max_epochs(only), meter.measure(only)
+    training, after = epochs * cost.epoch / 60, cost.after / 60
     print_table(
         f"{args.config}, projected",
         ["epochs", "s an epoch", "training, minutes", "quantization and test, minutes", "in all"],
-        [[str(planned.wanted), *(f"{x:.1f}" for x in (planned.cost.epoch, training, after, training + after))]],
+        [[str(epochs), *(f"{x:.1f}" for x in (cost.epoch, training, after, training + after))]],
     )
     return {
         "hardware": hardware(),
-        "epochs": planned.wanted,
-        "seconds_an_epoch": planned.cost.epoch,
+        "epochs": epochs,
+        "seconds_an_epoch": cost.epoch,
         "training_minutes": training,
         "after_minutes": after,
     }
