@@ -31,7 +31,16 @@ FLOORS = {
 }
 """The floor of every file and folder of the package; what stands on one floor doesn't know each other."""
 
-WITHOUT_LIGHTNING = ["quantization", "losses", "networks", "report", "strategies", "random_draws", "commands.report"]
+WITHOUT_LIGHTNING = [
+    "quantization",
+    "losses",
+    "networks",
+    "report",
+    "strategies",
+    "random_draws",
+    "commands.report",
+    "cli",
+]
 
 
 def imports_of(path: Path) -> Iterator[str]:

@@ -7,13 +7,15 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from kdq_lightning.errors import UserError
 
 
 def sentence_for(error: BaseException | None) -> str | None:
     """Return what to tell the user; jsonargparse wraps errors of constructors, so the causes are looked through."""
+    # Here, because Lightning takes seconds to import and `kdq report` needs none of it unless it fails.
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     while error is not None:
         if notes := getattr(error, "__notes__", None):
             return f"{'; '.join(notes)} ({error})"
