@@ -11,10 +11,11 @@ from kdq_lightning.cli import main
 from kdq_lightning.data.augmentation import View
 from kdq_lightning.data.normalization import Statistics, normalize
 from kdq_lightning.errors import UserError
-from kdq_lightning.modules.recover import Recover, find_packed
+from kdq_lightning.modules.recover import Recover
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import load_packed
 from kdq_lightning.quantization.packing import read_weights
+from kdq_lightning.runs.checkpoints import find_packed
 from kdq_lightning.runs.records import read_correct, read_records
 from tests.conftest import config
 

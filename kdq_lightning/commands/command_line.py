@@ -25,8 +25,9 @@ from kdq_lightning.modules.hint import HintKD
 from kdq_lightning.modules.mixup import MixupKD
 from kdq_lightning.modules.recover import Recover
 from kdq_lightning.modules.vanilla import VanillaKD
-from kdq_lightning.runs.checkpoints import FINISHED, find_checkpoint, versions
+from kdq_lightning.runs.checkpoints import find_checkpoint
 from kdq_lightning.runs.config_hash import config_hash, version_hash
+from kdq_lightning.runs.versions import is_finished, is_version, mark_finished
 from kdq_lightning.training.callbacks import NameDeadRank, RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.training.dashboard import Dashboard
 from kdq_lightning.training.lightning_internals import WithoutRunning
@@ -149,7 +150,7 @@ class CommandLine(LightningCLI):
     def _predictions_folder(self) -> Path:
         """Return the run folder that the weights lie in; weights from elsewhere get a folder of their own."""
         version = Path(self.config.predict.model.init_args.weights).resolve().parent.parent
-        if version in versions(version.parent):
+        if is_version(version):
             return version
         return Path(Dashboard(self.root, f"{self.run_name}-predicted").log_dir)
 
@@ -170,8 +171,8 @@ class CommandLine(LightningCLI):
         run.check_is_run_of(self.model)
         self.model.weights = None  # Lightning loads the checkpoint after setup; what the run began with may be gone
         if run.has_ended(self.trainer):  # and was cut off before it could say so
-            (run.folder / FINISHED).touch()
-        if not (run.folder / FINISHED).exists():
+            mark_finished(run.folder)
+        if not is_finished(run.folder):
             self.trainer.fit(**kwargs | {"ckpt_path": str(run.path)})
         elif self.quantization.enabled and not self.quantization.is_complete(run.folder, self.model):
             self.trainer.quantize(self.model, self.datamodule, str(run.path))  # type: ignore[attr-defined]

@@ -8,8 +8,9 @@ from lightning.pytorch import Trainer
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.runs.checkpoints import FINISHED, read_checkpoint, versions
+from kdq_lightning.runs.checkpoints import read_checkpoint
 from kdq_lightning.runs.records import read_records
+from kdq_lightning.runs.versions import is_finished, is_version, newest_unfinished, newest_version, version_number
 from kdq_lightning.training.dashboard import Dashboard
 from kdq_lightning.training.lightning_internals import completed_epochs
 
@@ -33,8 +34,8 @@ class ResumedRun:
 
     def dashboard(self) -> Dashboard:
         """Return the logger of the version; what it logged after the checkpoint is dropped, as it comes again."""
-        after_step = None if (self.folder / FINISHED).exists() else self.checkpoint["global_step"]
-        return Dashboard(self.folder.parent.parent, self.folder.parent.name, number_of(self.folder), after_step)
+        after_step = None if is_finished(self.folder) else self.checkpoint["global_step"]
+        return Dashboard(self.folder.parent.parent, self.folder.parent.name, version_number(self.folder), after_step)
 
     def has_ended(self, trainer: Trainer) -> bool:
         """Return whether the checkpoint is that of the last step, so that there is nothing left to train."""
@@ -85,11 +86,11 @@ def find_resumed_run(path: str, run: Path) -> ResumedRun:
     """
     place = run if path == "last" else Path(path)
     if place.is_dir() and not (place / "checkpoints").is_dir():
-        place = next(reversed(versions(place)), place)
+        place = newest_version(place) or place
     checkpoint = (place / "checkpoints" / "last.ckpt" if place.is_dir() else place).resolve()
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint} does not exist: there is nothing to go on from, leave out --ckpt_path")
-    if checkpoint.parent.name != "checkpoints" or checkpoint.parent.parent not in versions(checkpoint.parents[2]):
+    if checkpoint.parent.name != "checkpoints" or not is_version(checkpoint.parent.parent):
         raise UserError(
             f"{checkpoint} lies in no run folder (version_N/checkpoints), so training can't go on there;"
             " to start from its weights, give --model.init_args.weights"
@@ -108,16 +109,9 @@ def unfinished_quantization(run: Path, weights: Path, config_hash: str) -> int |
     Returns:
         The number of the newest version; None if that is finished, of other settings, or older than the weights.
     """
-    newest = next(reversed(versions(run)), None)
-    if newest is None or (newest / FINISHED).exists():
-        return None
-    if weights.stat().st_mtime > newest.stat().st_mtime:
+    newest = newest_unfinished(run)
+    if newest is None or weights.stat().st_mtime > newest.stat().st_mtime:
         return None
     if any(record.config_hash != config_hash for record in read_records(newest)):
         return None
-    return number_of(newest)
-
-
-def number_of(version: Path) -> int:
-    """Return N of a folder `version_N`."""
-    return int(version.name.removeprefix("version_"))
+    return version_number(newest)

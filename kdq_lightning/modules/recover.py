@@ -22,7 +22,7 @@ from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.packing import load_packed, read_metadata, read_weights
-from kdq_lightning.runs.checkpoints import FINISHED, versions
+from kdq_lightning.runs.checkpoints import find_packed
 
 
 class Recover(Distillation):
@@ -157,25 +157,3 @@ class Recover(Distillation):
             name: replace(weight, scale=state[f"gains.{i}"].detach().cpu() * weight.scale)
             for i, (name, weight) in enumerate(self._weights.items())
         }
-
-
-def find_packed(path: str | Path, bits: int | None) -> Path:
-    """Return the packed file that a path stands for.
-
-    Args:
-        path: The file itself, or a run folder.
-        bits: Bit width of the file in a run folder.
-
-    Raises:
-        UserError: If there is none.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    if bits is None:
-        raise UserError(f"{path} is a run folder: say which of its packed files is meant with --model.init_args.bits")
-    finished = [version for version in [path, *versions(path)] if (version / FINISHED).exists()]
-    found = sorted(finished[-1].glob(f"packed/*-{bits}bit.safetensors")) if finished else []
-    if not found:
-        raise UserError(f"{path} has no finished version with a packed file of {bits} bits: quantize it first")
-    return found[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from kdq_lightning.errors import UserError
 from kdq_lightning.report.rows import Cell, Measurement, Row
 from kdq_lightning.runs.records import CORRECT, RECORDS, Record, find_records, read_correct
+from kdq_lightning.runs.versions import version_number
 from kdq_lightning.strategies import Appearance, appearances
 
 
@@ -51,8 +52,7 @@ def _from_oldest(records: dict[Path, list[Record]]) -> dict[Path, list[Record]]:
     """Sort the versions' folders of each run by age: version_10 comes after version_2."""
 
     def age(folder: Path) -> tuple[str, int, str]:
-        number = folder.name.removeprefix("version_")
-        return str(folder.parent), int(number) if number.isdigit() else -1, folder.name
+        return str(folder.parent), version_number(folder), folder.name
 
     return {folder: records[folder] for folder in sorted(records, key=age)}
 

@@ -16,8 +16,7 @@ from kdq_lightning.data.normalization import Channels, Statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import NETWORKS, build_network
 from kdq_lightning.quantization.packing import is_packed, unpack
-
-FINISHED = "finished"  # an empty file in a version's folder: its training came to its end
+from kdq_lightning.runs.versions import newest_finished
 
 
 @dataclass(frozen=True)
@@ -153,12 +152,12 @@ def find_checkpoint(path: str | Path) -> Path:
         raise UserError(f"{path} does not exist: give a run folder, a checkpoint or a .safetensors file{hint}")
     if (path / "checkpoints").is_dir():
         return _best_of(path)
-    finished = [version for version in versions(path) if (version / FINISHED).exists()]
-    if not finished:
+    finished = newest_finished(path)
+    if finished is None:
         raise UserError(
             f"{path} holds no finished run: finish it with `--ckpt_path last`, or name one of its checkpoints"
         )
-    return _best_of(finished[-1])
+    return _best_of(finished)
 
 
 def _best_of(version: Path) -> Path:
@@ -169,10 +168,26 @@ def _best_of(version: Path) -> Path:
     raise UserError(f"{version} holds no checkpoint: train it again, or name another run")
 
 
-def versions(run: Path) -> list[Path]:
-    """Return the version folders of a run, oldest first."""
-    numbered = [folder for folder in run.glob("version_*") if folder.name.removeprefix("version_").isdigit()]
-    return sorted(numbered, key=lambda folder: int(folder.name.removeprefix("version_")))
+def find_packed(path: str | Path, bits: int | None) -> Path:
+    """Return the packed file that a path stands for.
+
+    Args:
+        path: The file itself, or a run folder, of whose newest finished version the first network's file is taken.
+        bits: Bit width of the file in a run folder.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if bits is None:
+        raise UserError(f"{path} is a run folder: say which of its packed files is meant with --model.init_args.bits")
+    version = newest_finished(path)
+    found = sorted(version.glob(f"packed/*-{bits}bit.safetensors")) if version else []
+    if not found:
+        raise UserError(f"{path} has no finished version with a packed file of {bits} bits: quantize it first")
+    return found[0]
 
 
 def load_trained(path: str | Path, described: Description = Description()) -> dict[str, TrainedNetwork]:

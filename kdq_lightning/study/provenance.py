@@ -5,9 +5,8 @@ from pathlib import Path
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import file_digest
-from kdq_lightning.modules.recover import find_packed
 from kdq_lightning.modules.teacher import Teacher
-from kdq_lightning.runs.checkpoints import find_checkpoint, load_trained, read_checkpoint
+from kdq_lightning.runs.checkpoints import find_checkpoint, find_packed, load_trained, read_checkpoint
 from kdq_lightning.study.run import Run
 
 

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdq_lightning.runs.checkpoints import FINISHED, versions
+from kdq_lightning.runs.versions import newest_finished, newest_version
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Run:
     @property
     def finished(self) -> Path | None:
         """The newest finished version, whose weights other runs read; None if there is none."""
-        return next((version for version in reversed(versions(self.folder)) if (version / FINISHED).exists()), None)
+        return newest_finished(self.folder)
 
     @property
     def unfinished(self) -> Path | None:
         """The newest version, if training can go on from its checkpoint; else None."""
-        newest = next(reversed(versions(self.folder)), None)
+        newest = newest_version(self.folder)
         if self.command != "fit" or newest is None or not (newest / "checkpoints" / "last.ckpt").is_file():
             return None
         return newest

@@ -15,8 +15,8 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import SaveConfigCallback
 
 from kdq_lightning.files import remove_leftovers, write_atomically
-from kdq_lightning.runs.checkpoints import FINISHED
 from kdq_lightning.runs.records import RECORDS
+from kdq_lightning.runs.versions import is_version, mark_finished
 from kdq_lightning.training.lightning_internals import RelocatableModelCheckpoint, started_processes
 
 KEPT = ("checkpoints", RECORDS)  # a folder that holds one of them stays when its run fails
@@ -53,13 +53,13 @@ class RunFolder(Callback):
         """Mark the weights as final: a teacher is taken from such a version only."""
         folder = trainer.log_dir  # a collective call, so every rank makes it
         if trainer.is_global_zero and folder and trainer.logger:
-            Path(folder, FINISHED).touch()
+            mark_finished(Path(folder))
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the folder if it holds neither a checkpoint nor a record."""
         if trainer.is_global_zero and trainer.logger and trainer.global_step == 0:
             folder = Path(trainer.logger.log_dir or "")
-            if folder.name.startswith("version_") and not any((folder / kept).exists() for kept in KEPT):
+            if is_version(folder) and not any((folder / kept).exists() for kept in KEPT):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from kdq_lightning.report.figures import accuracy_figure
-from kdq_lightning.runs.checkpoints import versions
 from kdq_lightning.runs.records import FLOAT_BITS, LayerRecord, Record
+from kdq_lightning.runs.versions import next_number, version_folder
 from kdq_lightning.training.lightning_internals import write_hyperparameters
 
 SUFFIX = ".quantized"  # of the event file that quantization writes, whole
@@ -48,10 +48,10 @@ class Dashboard(TensorBoardLogger):
 
     def _claim(self) -> int:
         run = Path(self.root_dir)
-        number = max((int(folder.name.removeprefix("version_")) + 1 for folder in versions(run)), default=0)
+        number = next_number(run)
         while getattr(rank_zero_only, "rank", 0) == 0:
             try:
-                (run / f"version_{number}").mkdir(parents=True)
+                version_folder(run, number).mkdir(parents=True)
                 break
             except FileExistsError:
                 number += 1

@@ -17,9 +17,9 @@ from kdq_lightning.evaluation import full_float32
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.quantization import Quantized, quantize
 from kdq_lightning.quantization.recipes import make_recipe
-from kdq_lightning.runs.checkpoints import FINISHED
 from kdq_lightning.runs.records import FLOAT_BITS
 from kdq_lightning.runs.result_folder import ResultFolder
+from kdq_lightning.runs.versions import mark_finished
 from kdq_lightning.training.dashboard import has_quantized, terminal_table, write_quantized
 from kdq_lightning.training.progress_bars import QuantizationBars
 from kdq_lightning.training.quantized_run import QuantizedRun
@@ -168,7 +168,7 @@ def publish(run: QuantizedRun) -> None:
     """Write the dashboard, print the table, and mark the version as finished."""
     folder, results = run.source.folder, run.results
     write_quantized(folder, results.records, results.layers, dict(run.source.module.hparams))
-    (folder / FINISHED).touch()
+    mark_finished(folder)
     console = Console()
     console.print(terminal_table(results.records))
     console.print(f"records and packed files: {folder}", soft_wrap=True)
