@@ -1,4 +1,4 @@
-"""Made-up records for the tests of report and study: right answers drawn, accuracies counted from them."""
+"""Made-up records for the tests of report and study: random right answers, and the accuracies that they give."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,7 +32,20 @@ def write_run(
     images: int = IMAGES,
     **changes: object,
 ) -> list[Record]:
-    """Write a version's folder with a record a bit width (32 is float) whose test accuracy is about the given one."""
+    """Write a version's folder with a record for each bit width (32 is float), and return the records.
+
+    Args:
+        folder: The folder; it is made.
+        strategy: Name of the strategy, also of the run.
+        accuracies: About the test accuracy in percent, by bit width.
+        seed: Seed of the run; each further seed adds half a point of accuracy.
+        dataset: Name of the data set.
+        network: A network of `BYTES_A_BIT`.
+        peers: Names of the peers; each further one loses a point of accuracy.
+        vectors: Whether the images' right answers are written, too.
+        images: Number of test images.
+        **changes: Other fields of the records.
+    """
     records, correct = [], {}
     for i, peer in enumerate(peers):
         for bits, accuracy in accuracies.items():
@@ -85,7 +98,7 @@ ACCURACIES = {
 
 
 def write_study(root: Path, dataset: str = "cifar10", strategies: Iterable[str] = ACCURACIES) -> None:
-    """Write the runs of a study on a data set, two seeds of each strategy."""
+    """Write the runs of a study on a data set: two seeds of each strategy."""
     seeds = (0, 1)
     for strategy in strategies:
         accuracies = ACCURACIES[strategy]

@@ -26,7 +26,7 @@ from kdq_lightning.report.rows import Row, summarize
 from kdq_lightning.report.significance import Difference, holm, paired_bootstrap
 from kdq_lightning.report.table_formats import to_csv, to_latex, to_markdown
 from kdq_lightning.report.tables import gain_table, measure_table
-from kdq_lightning.runs.records import CORRECT, read_correct, read_records, write_records
+from kdq_lightning.runs.records import CORRECT, Record, read_correct, read_records, write_records
 from kdq_lightning.strategies import appearances
 from tests.records import ACCURACIES, WIDTHS, draw_correct, write_run, write_study
 
@@ -275,7 +275,7 @@ def test_gains_in_words():
     better, worse, neither = (Difference(points, 0, 0, p, 3) for points, p in ((1, 0.049), (-1, 0.01), (9, 0.05)))
 
     def said(gains: dict[str, dict[int, Difference]]) -> str:
-        rows = {name: Row("", name, "", {}, name, appearances([name])[name], False) for name in gains}
+        rows = {name: Row("", name, "", "default", {}, name, appearances([name])[name], False) for name in gains}
         return sentence_on_gains({rows[name]: tests for name, tests in gains.items()})
 
     gains = {
@@ -356,6 +356,61 @@ def test_recovered_bit_widths_are_one_row(tmp_path: Path):
     rows = read_rows([tmp_path])[0]["cifar10"]
     assert sorted((list(row.cells), row.seeds) for row in rows) == [([2], [0]), ([2, 3], [0, 1])]
     assert len({row.label for row in rows}) == 2
+
+
+def test_methods_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A network's methods are rows of their own with one float network; each is compared with its own method."""
+
+    def method_of(record: Record) -> str:
+        return "" if record.bits == 32 else "gpfq" if record.codebook == "paper" else "default"
+
+    monkeypatch.setattr("kdq_lightning.report.read_rows.method_of", method_of)
+    for seed in (0, 1):
+        for strategy, network, top1 in (
+            ("teacher", "resnet50", 90),
+            ("control", "resnet18", 80),
+            ("dkd", "resnet18", 84),
+        ):
+            common = {"seed": seed, "network": network}
+            write_run(tmp_path / f"{strategy}{seed}", strategy, {3: top1, 4: top1 + 2, 32: top1 + 4}, **common)
+            if strategy != "teacher":
+                gpfq = {2: top1 - 20, 4: top1 - 8}
+                write_run(tmp_path / f"{strategy}{seed}_gpfq", strategy, gpfq, codebook="paper", **common)
+    findings = _findings(tmp_path)
+    rows = {row.label: row for row in findings.rows}
+    assert [(row.label, row.method, list(row.cells), row.seeds) for row in findings.rows] == [
+        ("Teacher (resnet50)", "default", [3, 4, 32], [0, 1]),
+        ("Control (resnet18)", "default", [3, 4, 32], [0, 1]),
+        ("Control (resnet18), gpfq", "gpfq", [2, 4, 32], [0, 1]),
+        ("DKD (resnet18)", "default", [3, 4, 32], [0, 1]),
+        ("DKD (resnet18), gpfq", "gpfq", [2, 4, 32], [0, 1]),
+    ]
+    assert rows["DKD (resnet18), gpfq"].cells[4].summaries["test_top1"].mean == pytest.approx(76.25)
+    assert rows["DKD (resnet18)"].cells[4].summaries["test_top1"].mean == pytest.approx(86.25)
+
+    students, teachers = comparable_files(findings.rows)
+    assert (len(students), len(teachers)) == (10, 3)  # a float network is one file
+    assert findings.duels[0].student.label == "DKD (resnet18), gpfq, 2 bits"  # the smallest file of all methods
+    own = np.stack(list(rows["DKD (resnet18), gpfq"].cells[4].correct.values()))
+    control = np.stack(list(rows["Control (resnet18), gpfq"].cells[4].correct.values()))
+    gains = findings.gains[rows["DKD (resnet18), gpfq"]]
+    assert gains[4].points == pytest.approx(100 * (own.mean() - control.mean()))
+    drops = {(drop.row.label, drop.bits): drop for drop in findings.drops}
+    assert drops["DKD (resnet18), gpfq", 4].versus_control and not drops["DKD (resnet18), gpfq", 4].versus_teacher
+    assert drops["DKD (resnet18)", 4].versus_teacher
+    assert choose_measurement(findings.rows, 3400, None)[0].label == "DKD (resnet18), gpfq, 2 bits"
+
+    text = write_report([tmp_path], tmp_path / "out").read_text()
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert "88.25 ± 0.35" in tables[0] and "gpfq" not in tables[0]
+    assert "76.25 ± 0.35" in tables[1] and "86.25" not in tables[1] and "7 bits" not in tables[1]
+    assert f"Method `gpfq`:\n\n{tables[1]}" in text
+    with (tmp_path / "out" / "cells_cifar10.csv").open() as file:
+        cells = [(row["strategy"], row["method"], row["bits"]) for row in csv.DictReader(file)]
+    assert len(cells) == len(set(cells)) == 13 and ("dkd", "", "32") in cells and ("dkd", "gpfq", "2") in cells
+    assert "76.25" in (tmp_path / "out" / "accuracy_gpfq_cifar10.csv").read_text()
+    curves = draw_figures(findings)["accuracy_vs_bits"].axes[0].get_legend_handles_labels()[1]
+    assert curves == list(rows)
 
 
 # --- broken inputs

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from kdq_lightning.report.duels import Duel, File
+from kdq_lightning.report.duels import Duel, File, files_of
 from kdq_lightning.report.file_choice import choose_file
 from kdq_lightning.report.formatting import MISSING, format_bytes, format_difference, format_p, format_summary
 from kdq_lightning.report.rows import Measurement, Row, whole_rows
@@ -104,13 +104,8 @@ def choose_measurement(
         max_bytes: See `choose_file`.
         min_accuracy: See `choose_file`.
     """
-    known = [
-        (File(row, bits), m)
-        for row in whole_rows(rows)
-        for bits, cell in row.cells.items()
-        for m in cell.measurements
-        if m.record.val_top1 is not None
-    ]
+    files = files_of(whole_rows(rows))
+    known = [(file, m) for file in files for m in file.cell.measurements if m.record.val_top1 is not None]
     sizes = [m.record.packed_bytes for _, m in known]
     best = choose_file(sizes, [m.record.val_top1 or 0.0 for _, m in known], max_bytes, min_accuracy)
     return None if best is None else known[best]

@@ -1,6 +1,7 @@
 """The report's files: report.md, section after section, and the tables and figures beside it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from kdq_lightning.report.answer import answer, over_all, sentence_on_shipping, verdict
@@ -8,9 +9,9 @@ from kdq_lightning.report.claims import section_on_claims, sentence_on_gains
 from kdq_lightning.report.figures import draw_figures, render
 from kdq_lightning.report.findings import DROP_RESAMPLES, Findings
 from kdq_lightning.report.measures import MEASURES
-from kdq_lightning.report.rows import Row
+from kdq_lightning.report.rows import DEFAULT_METHOD, Row, by_method
 from kdq_lightning.report.significance import RESAMPLES
-from kdq_lightning.report.table_formats import to_csv, to_latex, to_markdown
+from kdq_lightning.report.table_formats import Table, to_csv, to_latex, to_markdown
 from kdq_lightning.report.tables import bytes_table, cell_table, drop_table, duel_table, gain_table, measure_table
 from kdq_lightning.strategies import STRATEGIES
 
@@ -56,11 +57,15 @@ def compose(findings: Sequence[Findings], notes: Sequence[str], options: ReportO
     for f in findings:
         figures = draw_figures(f)
         files |= {f"{name}_{f.dataset}.{kind}": render(figures[name], kind) for name in figures for kind in KINDS}
-        accuracy = measure_table(f.rows, "test_top1", options.published)
-        files[f"accuracy_{f.dataset}.csv"] = to_csv(accuracy).encode()
-        files[f"accuracy_{f.dataset}.tex"] = to_latex(accuracy, f"Top-1 accuracy on {f.dataset}, percent").encode()
+        for method, rows in by_method(f.rows).items():
+            accuracy = measure_table(rows, "test_top1", options.published)
+            name, caption = f"accuracy_{f.dataset}", f"Top-1 accuracy on {f.dataset}, percent"
+            if method != DEFAULT_METHOD:
+                name, caption = f"accuracy_{method}_{f.dataset}", f"{caption}, method {method}"
+            files[f"{name}.csv"] = to_csv(accuracy).encode()
+            files[f"{name}.tex"] = to_latex(accuracy, caption).encode()
         files[f"cells_{f.dataset}.csv"] = to_csv(cell_table(f.rows)).encode()
-        sections += _section(f, to_markdown(accuracy), figures, options.published)
+        sections += _section(f, figures, options.published)
     sections += ["## The published claims", *map(section_on_claims, findings)]
     sections += ["## What this stands on", "\n".join(f"- {note}" for note in [*METHOD, *notes])]
     files["report.md"] = ("\n\n".join(sections) + "\n").encode()
@@ -90,12 +95,11 @@ METHOD = (
 )
 
 
-def _section(findings: Findings, accuracy: str, figures: Collection[str], published: bool) -> list[str]:
+def _section(findings: Findings, figures: Collection[str], published: bool) -> list[str]:
     """Return the paragraphs on a data set.
 
     Args:
         findings: On the data set.
-        accuracy: The main table, in Markdown.
         figures: Names of the figures that were drawn.
         published: Whether the main table has the published accuracies.
     """
@@ -106,7 +110,7 @@ def _section(findings: Findings, accuracy: str, figures: Collection[str], publis
     blocks = [
         f"## {dataset}",
         f"Test accuracy; the best of a column in bold.{brackets} Seeds: {_seeds(rows)}.",
-        accuracy,
+        *_table_of_each_method(rows, lambda own: measure_table(own, "test_top1", published)),
         *([f"Without any record: {', '.join(absent)}."] if absent else []),
         f"![Accuracy against bit width](accuracy_vs_bits_{dataset}.svg)",
         f"![Accuracy against bytes](accuracy_vs_bytes_{dataset}.svg)",
@@ -119,22 +123,34 @@ def _section(findings: Findings, accuracy: str, figures: Collection[str], publis
             "### Gain over the control",
             sentence_on_gains(findings.gains),
             "Test accuracy minus that of the same network trained without a teacher, at equal bits, in points.",
-            to_markdown(gain_table(findings.gains, rows)),
+            *_table_of_each_method(rows, lambda own: gain_table(findings.gains, own)),
         ]
     blocks += [
         "### Loss from float",
         "Points lost from float to b bits, and that minus the control's and the teacher's loss.",
         to_markdown(drop_table(findings.drops)),
         "### Bytes of the files",
-        to_markdown(bytes_table(rows)),
+        *_table_of_each_method(rows, bytes_table),
         "### Fidelity",
     ]
     for name, measure in MEASURES.items():
         having = [row for row in rows if any(name in cell.summaries for cell in row.cells.values())]
         if measure.caption and having:
-            blocks += [f"{measure.caption}:", to_markdown(measure_table(having, name))]
+            blocks.append(f"{measure.caption}:")
+            blocks += _table_of_each_method(having, partial(measure_table, measure=name))
         if measure.caption and name in figures:
             blocks.append(f"![{measure.caption}]({name}_{dataset}.svg)")
+    return blocks
+
+
+def _table_of_each_method(rows: Sequence[Row], table_of: Callable[[Sequence[Row]], Table]) -> list[str]:
+    """Return a table in Markdown for the rows of each method; a table without rows is left out."""
+    blocks = []
+    for method, own in by_method(rows).items():
+        table = table_of(own)
+        if table.rows:
+            blocks += [] if method == DEFAULT_METHOD else [f"Method `{method}`:"]
+            blocks.append(to_markdown(table))
     return blocks
 
 

@@ -79,6 +79,15 @@ class Duel:
         return "student" if self.difference.points > 0 else "teacher"
 
 
+def files_of(rows: Sequence[Row]) -> list[File]:
+    """Return each file of the rows once: rows of different methods share their float network."""
+    files: dict[Cell, File] = {}
+    for row in rows:
+        for bits, cell in row.cells.items():
+            files.setdefault(cell, File(row, bits))
+    return list(files.values())
+
+
 def comparable_files(rows: Sequence[Row]) -> tuple[list[File], list[File]]:
     """Return the students' and the teacher's files whose accuracy is known on validation and test images.
 
@@ -93,13 +102,12 @@ def comparable_files(rows: Sequence[Row]) -> tuple[list[File], list[File]]:
     students: list[File] = []
     teachers: list[File] = []
     labels: dict[int, str] = {}  # of a row, by its number of test images
-    for row in whole_rows(rows):
-        for bits, cell in row.cells.items():
-            if cell.validation_top1 is None or not cell.correct:
-                continue
-            (teachers if row.is_teachers else students).append(File(row, bits))
-            for vector in cell.correct.values():
-                labels.setdefault(len(vector), row.label)
+    for file in files_of(whole_rows(rows)):
+        if file.cell.validation_top1 is None or not file.cell.correct:
+            continue
+        (teachers if file.row.is_teachers else students).append(file)
+        for vector in file.cell.correct.values():
+            labels.setdefault(len(vector), file.row.label)
     if len(labels) > 1:
         (images, label), (other_images, other_label) = list(labels.items())[:2]
         raise UserError(

@@ -1,4 +1,4 @@
-"""Files of so many bytes with such an accuracy: which one to take, and which are worth having at all."""
+"""Choose among files by their bytes and accuracies: the best within a budget, and the Pareto front."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,9 +9,9 @@ class Range(NamedTuple):
 
     Attributes:
         low: Smallest budget in bytes, included.
-        high: Smallest budget beyond the range, infinite for the last.
-        first: Index of the first side's best file, None where none fits.
-        second: Index of the second side's.
+        high: Smallest budget in bytes above the range, infinite for the last range.
+        first: Index of the first side's best file, None if none fits.
+        second: Index of the second side's best file, likewise.
     """
 
     low: float
@@ -21,7 +21,7 @@ class Range(NamedTuple):
 
 
 def best_within(sizes: Sequence[float], accuracies: Sequence[float], max_bytes: float) -> int | None:
-    """Return the index of the most accurate file of at most `max_bytes`; of equals the smallest, None if none fits."""
+    """Return the index of the most accurate file of at most `max_bytes`, of equals the smallest; None if none fits."""
     fitting = [i for i, size in enumerate(sizes) if size <= max_bytes]
     return max(fitting, key=lambda i: (accuracies[i], -sizes[i]), default=None)
 
@@ -36,9 +36,9 @@ def choose_file(
 
     Args:
         sizes: Bytes of each file.
-        accuracies: Their accuracies, on images that the final figure is not read off.
-        max_bytes: The most accurate file within them is chosen.
-        min_accuracy: The smallest file that reaches it is chosen, of equals the most accurate.
+        accuracies: Accuracy of each file, on other images than those of the accuracy that is reported.
+        max_bytes: Most bytes that the file may have. Without `min_accuracy` the most accurate such file is chosen.
+        min_accuracy: Least accuracy of the file. The smallest such file is chosen, of equals the most accurate.
     """
     if min_accuracy is None:
         return best_within(sizes, accuracies, float("inf") if max_bytes is None else max_bytes)
@@ -51,10 +51,10 @@ def choose_file(
 
 
 def pareto_front(sizes: Sequence[float], accuracies: Sequence[float]) -> list[int]:
-    """Return the indices of the files that no other beats in one of size and accuracy and equals in the other.
+    """Return the indices of the files on the Pareto front, in order of size.
 
-    Returns:
-        In order of size; exact copies are all on the front or all off it.
+    A file is not on the front if another one is smaller and at least as accurate, or more accurate and not larger.
+    Files of equal size and accuracy are all on the front, or none of them is.
     """
     order = sorted(range(len(sizes)), key=lambda i: (sizes[i], -accuracies[i]))
     front: list[int] = []
@@ -71,13 +71,13 @@ def budget_ranges(
     second_sizes: Sequence[float],
     second_accuracies: Sequence[float],
 ) -> list[Range]:
-    """Split the budgets, from the smallest file up, where either side's best file changes.
+    """Return the ranges of budgets, from the smallest file up; a new range starts where a side's best file changes.
 
     Args:
         first_sizes: Bytes of the first side's files.
-        first_accuracies: Their accuracies, on which the best are chosen.
+        first_accuracies: Accuracies of the first side's files.
         second_sizes: Bytes of the second side's files.
-        second_accuracies: Their accuracies.
+        second_accuracies: Accuracies of the second side's files.
     """
     ranges: list[Range] = []
     for size in sorted({*first_sizes, *second_sizes}):

@@ -42,7 +42,7 @@ class Findings:
         rows: Its rows, in the order of tables; their cells hold means and deviations.
         duels: The best student's file against the best teacher's, for each range of budgets, in ascending order.
         file_duels: Each file against the opponent's best file of no more bytes.
-        gains: Accuracy of each row minus the control's of the same network, in points, by bit width.
+        gains: Accuracy of each row minus the control's of the same network and method, in points, by bit width.
         drops: The loss from float of each row at each bit width.
     """
 
@@ -70,14 +70,14 @@ def find(rows: Sequence[Row]) -> Findings:
 
 
 def gains_over_control(rows: Sequence[Row]) -> dict[Row, dict[int, Difference]]:
-    """Return the gains of all rows, except the teacher, that have a control of the same network.
+    """Return the gains of all rows, except the teacher, that have a control of the same network and method.
 
     The p-values of a row are adjusted together (Holm), over its bit widths.
     """
     controls = [row for row in rows if row.strategy == "control"]
     gains = {}
     for row in rows:
-        same = [control for control in controls if control.network == row.network]
+        same = [control for control in controls if (control.network, control.method) == (row.network, row.method)]
         if row.strategy not in ("teacher", "control") and same:
             tests = {bits: test for bits in row.cells if (test := _gain(row, bits, same)) is not None}
             gains[row] = holm_adjusted(tests)
@@ -127,10 +127,14 @@ def accuracy_drop(row: Row, bits: int) -> NDArray[np.int8] | None:
 
 
 def _against(row: Row, losses: Mapping[Row, Mapping[int, NDArray[np.int8]]], strategy: str) -> dict[int, Difference]:
-    """Return a row's loss minus that of the closest row of another strategy, by bit width; p-values are adjusted."""
+    """Return a row's loss minus that of the closest row of a strategy, by bit width; p-values are adjusted."""
     tests = {}
     for bits, loss in losses[row].items():
-        others = [other for other in losses if other.strategy == strategy and bits in losses[other]]
+        others = [
+            other
+            for other in losses
+            if (other.strategy, other.method) == (strategy, row.method) and bits in losses[other]
+        ]
         if row.strategy != strategy and others:
             reference = losses[closest_reference(row, bits, others)][bits]
             tests[bits] = paired_bootstrap(loss, reference, resamples=DROP_RESAMPLES)

@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.report.rows import Cell, Measurement, Row
-from kdq_lightning.runs.records import CORRECT, RECORDS, Record, find_records, read_correct
+from kdq_lightning.report.rows import DEFAULT_METHOD, Cell, Measurement, Row, method_order
+from kdq_lightning.runs.records import CORRECT, FLOAT_BITS, RECORDS, Record, find_records, read_correct
 from kdq_lightning.runs.versions import version_number
 from kdq_lightning.strategies import Appearance, appearances
 
@@ -48,6 +48,11 @@ def read_rows(folders: Sequence[Path]) -> tuple[dict[str, list[Row]], list[str]]
     return {dataset: _rows(groups[dataset], shown) for dataset in sorted(groups)}, notes
 
 
+def method_of(record: Record) -> str:
+    """Return the method that quantized a network, "" for the float network."""
+    return "" if record.bits == FLOAT_BITS else DEFAULT_METHOD
+
+
 def _from_oldest(records: dict[Path, list[Record]]) -> dict[Path, list[Record]]:
     """Sort the versions' folders of each run by age: version_10 comes after version_2."""
 
@@ -83,7 +88,7 @@ def _newest(measurements: Iterable[Measurement], notes: list[str]) -> list[Measu
     replaced: dict[tuple[Path, Path], Record] = {}
     for m in measurements:
         r = m.record
-        key = (r.dataset, r.strategy, r.network, r.peer, r.seed, r.config_hash, r.bits)
+        key = (r.dataset, r.strategy, r.network, r.peer, r.seed, r.config_hash, method_of(r), r.bits)
         if key in kept and _figures(kept[key].record) != _figures(r):
             replaced[kept[key].folder, m.folder] = r
         kept[key] = m
@@ -101,10 +106,10 @@ def _figures(record: Record) -> dict[str, object]:
 
 
 def _group(measurements: Iterable[Measurement]) -> list[list[Measurement]]:
-    """Return the measurements of each row.
+    """Return the measurements of each trained network, over all methods.
 
-    The records of a row have the same settings (`config_hash`); they differ in seed, peer and bit width. Recovery after
-    quantization has a run for each bit width: these are one row, too.
+    They have the same settings (`config_hash`); they differ in seed, peer, method and bit width. Recovery after
+    quantization has a run for each bit width: these are one group, too.
     """
     by_settings: defaultdict[tuple[str, str, str], list[Measurement]] = defaultdict(list)
     for m in measurements:
@@ -128,7 +133,9 @@ def _is_same_recovery(group: list[Measurement], other: list[Measurement]) -> boo
 
     if group[0].record.strategy != "recover" or identity(group) != identity(other):
         return False
-    return not {m.record.bits for m in group} & {m.record.bits for m in other}
+    return not {(method_of(m.record), m.record.bits) for m in group} & {
+        (method_of(m.record), m.record.bits) for m in other
+    }
 
 
 def _network(group: list[Measurement]) -> str:
@@ -140,41 +147,42 @@ def _rows(groups: list[list[Measurement]], shown: Mapping[str, Appearance]) -> l
     """Return the rows of a data set, in the order of tables.
 
     Args:
-        groups: The measurements of each row.
+        groups: The measurements of each trained network.
         shown: How each strategy is shown, in the order of tables.
     """
     teachers = {_network(group) for group in groups if group[0].record.strategy == "teacher"}
     rows = []
     for group in groups:
         dataset, strategy, network = group[0].record.dataset, group[0].record.strategy, _network(group)
-        cells: defaultdict[int, list[Measurement]] = defaultdict(list)
+        members: defaultdict[tuple[str, int], list[Measurement]] = defaultdict(list)
         for m in sorted(group, key=lambda m: (m.record.bits, m.record.seed, m.record.peer)):
-            cells[m.record.bits].append(m)
-        rows.append(
+            members[method_of(m.record), m.record.bits].append(m)
+        cells = {key: Cell(tuple(measurements)) for key, measurements in members.items()}
+        rows += [
             Row(
                 dataset,
                 strategy,
                 network,
-                {bits: Cell(tuple(members)) for bits, members in cells.items()},
+                method,
+                {bits: cell for (name, bits), cell in cells.items() if name in ("", method)},
                 f"{shown[strategy].title} ({network})",
                 shown[strategy],
                 strategy == "teacher" or (strategy == "recover" and network in teachers),
             )
-        )
+            for method in {name for name, _ in cells if name} or {DEFAULT_METHOD}
+        ]
     order = list(shown)
-    rows.sort(
-        key=lambda row: (order.index(row.strategy), row.network, row.first_record.run, min(_hashes(row)), row.seeds)
-    )
-    return _with_different_labels(rows)
 
+    def place(row: Row) -> tuple[object, ...]:
+        run, settings = row.first_record.run, row.first_record.config_hash
+        return order.index(row.strategy), row.network, run, settings, row.seeds, method_order(row.method)
 
-def _hashes(row: Row) -> list[str]:
-    return [m.record.config_hash for cell in row.cells.values() for m in cell.measurements]
+    return _with_different_labels(sorted(rows, key=place))
 
 
 def _with_different_labels(rows: Sequence[Row]) -> list[Row]:
-    """Add the run's name where labels are equal, and the settings' hash where that isn't enough."""
-    labels = [row.label for row in rows]
+    """Add what makes labels different: the method, the run's name, and where that isn't enough, the settings' hash."""
+    labels = [row.label if row.method == DEFAULT_METHOD else f"{row.label}, {row.method}" for row in rows]
     for details in ([row.first_record.run for row in rows], [row.first_record.config_hash for row in rows]):
         repeated = {label for label in labels if labels.count(label) > 1}
         labels = [

@@ -14,6 +14,8 @@ from kdq_lightning.report.measures import MEASURES
 from kdq_lightning.runs.records import Record
 from kdq_lightning.strategies import Appearance
 
+DEFAULT_METHOD = "default"
+
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
@@ -106,12 +108,15 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A strategy on a data set, with one network, one configuration and one way of quantizing it.
+    """A strategy on a data set, with one network, one configuration and one method of quantizing it.
+
+    Rows that differ in the method alone share the cell of their float network.
 
     Attributes:
         dataset: Name of the data set.
         strategy: Its name in the records.
         network: Name of the network; of peers with different networks all names, joined by "+".
+        method: Name of the method that quantized it.
         cells: By bit width, in ascending order; `FLOAT_BITS` is the float network.
         label: Title of the row in tables and figures; different for each row of a data set.
         appearance: Colour and marker of its curves.
@@ -122,6 +127,7 @@ class Row:
     dataset: str
     strategy: str
     network: str
+    method: str
     cells: dict[int, Cell]
     label: str
     appearance: Appearance
@@ -141,6 +147,17 @@ class Row:
     def is_partial(self) -> bool:
         """Whether a limit left images out of its evaluation."""
         return any(m.record.partial for cell in self.cells.values() for m in cell.measurements)
+
+
+def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each method, `DEFAULT_METHOD` first."""
+    methods = sorted({row.method for row in rows}, key=method_order)
+    return {method: [row for row in rows if row.method == method] for method in methods}
+
+
+def method_order(method: str) -> tuple[bool, str]:
+    """Return the key by which methods are sorted: `DEFAULT_METHOD` first, then by name."""
+    return method != DEFAULT_METHOD, method
 
 
 def whole_rows(rows: Sequence[Row]) -> Sequence[Row]:

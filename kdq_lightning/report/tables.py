@@ -2,20 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 
-from kdq_lightning.report.duels import Duel, File
+from kdq_lightning.report.duels import Duel, File, files_of
 from kdq_lightning.report.findings import Drop
 from kdq_lightning.report.formatting import MISSING, format_difference, format_p, format_summary
 from kdq_lightning.report.measures import MEASURES
 from kdq_lightning.report.published import BITS, published_drop, published_top1
-from kdq_lightning.report.rows import Row
+from kdq_lightning.report.rows import DEFAULT_METHOD, Row
 from kdq_lightning.report.significance import Difference
 from kdq_lightning.report.table_formats import Entry, Table, table_of_texts
 from kdq_lightning.runs.records import FLOAT_BITS
 
 
 def bit_widths(rows: Sequence[Row]) -> list[int]:
-    """Return the columns of a table: the published bit widths and those of the rows, in ascending order."""
-    return sorted({*BITS, *(bits for row in rows for bits in row.cells)})
+    """Return the columns of a table, in ascending order: the bit widths of the rows.
+
+    With rows of the default method, the published bit widths are columns, too.
+    """
+    published = BITS if any(row.method == DEFAULT_METHOD for row in rows) else ()
+    return sorted({*published, *(bits for row in rows for bits in row.cells)})
 
 
 def heading(bits: int, levels: Sequence[int] = ()) -> str:
@@ -100,11 +104,12 @@ def _describe(file: File | None) -> list[str]:
 
 
 def gain_table(gains: Mapping[Row, Mapping[int, Difference]], rows: Sequence[Row]) -> Table:
-    """Return the table of `Findings.gains`; its columns are those of a table of `rows`."""
+    """Return the table of the gains of some rows; `gains` is `Findings.gains`."""
     widths = bit_widths(rows)
     lines = [
         [row.label, *(format_difference(tests[bits]) if bits in tests else MISSING for bits in widths)]
-        for row, tests in gains.items()
+        for row in rows
+        if (tests := gains.get(row)) is not None
     ]
     return table_of_texts(["", *map(heading, widths)], lines)
 
@@ -126,19 +131,25 @@ def drop_table(drops: Sequence[Drop]) -> Table:
 
 
 def cell_table(rows: Sequence[Row]) -> Table:
-    """Return every number of every cell, a row for each cell, to start a plot or a spreadsheet of one's own from."""
-    header = ["dataset", "row", "strategy", "network", "bits", "levels", "packed_bytes", "seeds"]
+    """Return every number of every cell, a row for each cell, to start a plot or a spreadsheet of one's own from.
+
+    The column `method` exists if there are several methods; it is empty for the float network, which stands once.
+    """
+    has_methods = any(row.method != DEFAULT_METHOD for row in rows)
+    header = ["dataset", "row", "strategy", "network", *(["method"] if has_methods else [])]
+    header += ["bits", "levels", "packed_bytes", "seeds"]
     header += [name for measure in MEASURES for name in (measure, f"{measure}_deviation")]
     lines = []
-    for row in rows:
-        for bits, cell in row.cells.items():
-            numbers = [value for measure in MEASURES for value in cell.summaries.get(measure, (None, None))]
-            lines.append(
-                [
-                    *(row.dataset, row.label, row.strategy, row.network, bits),
-                    *(cell.levels, cell.packed_bytes, len(cell.seeds)),
-                    *("" if value is None else f"{value:.6g}" for value in numbers),
-                    published_top1(row.dataset, row.strategy, bits),
-                ]
-            )
+    for file in files_of(rows):
+        row, bits, cell = file.row, file.bits, file.cell
+        method = "" if bits == FLOAT_BITS else row.method
+        numbers = [value for measure in MEASURES for value in cell.summaries.get(measure, (None, None))]
+        lines.append(
+            [
+                *(row.dataset, row.label, row.strategy, row.network, *([method] if has_methods else [])),
+                *(bits, cell.levels, cell.packed_bytes, len(cell.seeds)),
+                *("" if value is None else f"{value:.6g}" for value in numbers),
+                published_top1(row.dataset, row.strategy, bits),
+            ]
+        )
     return table_of_texts([*header, "published"], lines)
