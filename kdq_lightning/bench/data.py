@@ -1,4 +1,4 @@
-"""Our loader and augmentation against torchvision's pipeline of PIL images, on the same images and one thread."""
+"""`kdq bench data`: our loader and augmentation against torchvision's pipeline of PIL images, on one thread."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,10 +21,16 @@ _REFERENCE = "PIL: crop, flip"
 
 
 class NoiseDataModule(ImageDataModule):
-    """Random images of CIFAR's size: what they show makes no difference to the speed."""
+    """Random images of CIFAR's size, which load as fast as real ones."""
 
     def __init__(self, images: Tensor, batch_size: int, cutout: int = 0) -> None:
-        """Take the images, uint8, (images, 3, 32, 32)."""
+        """Take the images.
+
+        Args:
+            images: uint8, (images, 3, 32, 32).
+            batch_size: Images a batch.
+            cutout: Side in pixels of the square that is painted over, 0 for none.
+        """
         super().__init__(
             dataset="noise", num_classes=10, image_size=_SIDE, mean=_MEAN, std=_STD, batch_size=batch_size, val_size=0,
             cutout=cutout,
@@ -44,7 +50,7 @@ class NoiseDataModule(ImageDataModule):
 
 
 class _PillowImages(Dataset[tuple[Tensor, int]]):
-    """What torchvision.datasets.CIFAR10 does for each image."""
+    """Images that are read and augmented one by one, as torchvision.datasets.CIFAR10 does it."""
 
     def __init__(self, images: Tensor, *operations: Callable[[Any], Any]) -> None:
         self._arrays = images.permute(0, 2, 3, 1).numpy()
@@ -74,10 +80,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> dict[str, Any]:
-    """Measure, print a table, and return its figures.
+    """Measure the pipelines, print a table, and return its figures.
 
     Args:
-        options: What `add_arguments` asks for.
+        options: Those that `add_arguments` adds.
 
     Returns:
         `hardware`, and `pipelines`: images/s (median, slowest, fastest) and ratio to the plain PIL pipeline, by name.

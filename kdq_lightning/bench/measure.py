@@ -1,4 +1,4 @@
-"""Fair timing: what is compared runs in one process, in turns, and is quoted with the machine it ran on."""
+"""Fair timing: functions that are compared run in turns in one process, and tables name the hardware."""
 
 import os
 import platform
@@ -18,16 +18,23 @@ WIDTH = 140  # columns of a table that goes into a file
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that a function took."""
+    """Seconds that the calls of a function took.
+
+    Attributes:
+        median: Wall time.
+        fastest: Wall time.
+        slowest: Wall time.
+        processor: Median of the processor time of this process, which other processes disturb less.
+    """
 
     median: float
     fastest: float
     slowest: float
-    processor: float  # median of the process's own time, which a busy machine stretches less than the clock's
+    processor: float
 
 
 def hardware() -> str:
-    """Describe processor, threads, memory, versions and load in one line."""
+    """Return one line that describes processor, threads, memory, versions and load."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     parts = [
         f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} used, {memory:.0f} GiB",
@@ -48,11 +55,11 @@ def _processor() -> str:
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, Timing]:
-    """Time functions in turns, so that a drifting clock rate or a noisy neighbour meets all of them.
+    """Time functions in turns, so that a changing clock rate or another process disturbs all of them alike.
 
     Args:
-        functions: What to time, by name; each waits for its device itself. One call of each warms up and isn't counted.
-        repeats: Calls of each that are counted.
+        functions: Functions by name; each waits until its device has finished. Its first call is not counted.
+        repeats: Calls of each function that are counted.
     """
     for function in functions.values():
         function()
@@ -70,7 +77,7 @@ def _summary(wall: tuple[float, ...], processor: tuple[float, ...]) -> Timing:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, first column to the left and numbers to the right, under a line about the hardware."""
+    """Print a table with a line about the hardware below it; all columns but the first are aligned to the right."""
     table = Table(title=title, caption=hardware(), title_justify="left", caption_justify="left")
     for place, name in enumerate(header):
         table.add_column(name, justify="right" if place else "left")

@@ -14,7 +14,7 @@ PEERS = ("brevitas_gpfq", "brevitas_gptq", "brevitas_qronos")
 
 @torch.no_grad()
 def quantize_brevitas(model: nn.Module, batches: Sequence[Tensor], bits: int, peer: str) -> nn.Module:
-    """Quantize a copy of a network with Brevitas: 2^bits - 1 levels, per channel the scale of least weight error.
+    """Return a copy of a network, quantized by Brevitas: 2^bits - 1 levels, the scale with the least weight error.
 
     Args:
         model: Of 2-D convolutions and linear layers, in eval mode.

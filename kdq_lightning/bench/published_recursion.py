@@ -20,13 +20,13 @@ Layer = nn.Conv2d | nn.Linear
 
 @torch.inference_mode()
 def quantize_published(model: nn.Module, images: Tensor, bits: int, seed: int = 0) -> nn.Module:
-    """Quantize a copy of a network of 2-D convolutions and linear layers by the published recursion.
+    """Return a copy of a network of 2-D convolutions and linear layers, quantized by the published recursion.
 
     Args:
         model: In eval mode; it is not changed.
         images: Normalised calibration images, (images, channels, h, w).
         bits: Bit width; a weight takes one of 2^bits + 1 levels, with one scale a layer.
-        seed: Of the patches drawn, which are those of the engine's mode `official`.
+        seed: Seed of the patches, which are those of the engine's mode `official`.
 
     Returns:
         The quantized network.
@@ -72,8 +72,8 @@ def solve(weight: Tensor, x: Tensor, x_quantized: Tensor, step: Tensor, bits: in
 def columns(layer: Layer, inputs: Tensor, index: int, seed: int) -> Tensor:
     """Return the rows that a layer is solved on, (groups, m, N).
 
-    A convolution's patches are cut side by side (stride = kernel size) and drawn with replacement; a linear layer takes
-    all that it is given.
+    Patches of a convolution are cut side by side (stride = kernel size) and drawn with replacement; a linear layer
+    uses all of its inputs.
     """
     if isinstance(layer, nn.Linear):
         return inputs.reshape(1, -1, layer.in_features)
@@ -106,7 +106,7 @@ class _Reached(Exception):  # noqa: N818 (not an error)
 
 
 def inputs_of(model: nn.Module, layer: Layer, images: Tensor) -> Tensor:
-    """Run a network up to a layer and return what that is given."""
+    """Run a network up to a layer, and return the inputs of that layer."""
 
     def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         raise _Reached(inputs[0])

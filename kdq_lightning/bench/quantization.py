@@ -1,4 +1,4 @@
-"""Quantize a trained CIFAR network: test accuracy against published GPFQ and rounding, seconds against the floor."""
+"""`kdq bench quantization`: accuracy against published GPFQ and rounding, seconds against the least possible."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,7 +21,7 @@ NAMES = (*METHODS, *PEERS)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add what network to quantize, on which data, and how often."""
+    """Add the options of `kdq bench quantization`."""
     parser.add_argument("--weights", type=Path, required=True, help="Run folder, checkpoint or plain state dict.")
     add_network_arguments(parser)
     parser.add_argument("--dataset", type=str, default="cifar10", help="cifar10 or cifar100.")
@@ -35,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> dict[str, Any]:
-    """Measure, print the tables, and return their figures.
+    """Measure accuracies and seconds, print the tables, and return their figures.
 
     Raises:
         UserError: If the weights or the data can't be read, or a method is unknown.
@@ -64,13 +64,13 @@ def run(args: Namespace) -> dict[str, Any]:
 
 
 def _draw(data: CIFARDataModule, images: int, seed: int) -> Tensor:
-    """Draw calibration images, stratified, uint8 (images, 3, 32, 32)."""
+    """Return calibration images, stratified by class, uint8 (images, 3, 32, 32)."""
     data.split_seed = seed  # after setup it chooses calibration images alone
     return data.calibration_images(images)[0]
 
 
 def print_accuracies(title: str, rows: Sequence[Accuracy]) -> None:
-    """Print the mean and the range of each method and bit width."""
+    """Print the accuracy of each method and bit width, mean and range over the draws, and its distance to float."""
     header = ("method", "bits", "levels", "recipe", "packed kB", "top-1 %", "range", "to float")
     network = rows[0].mean
     print_table(
@@ -93,7 +93,7 @@ def print_accuracies(title: str, rows: Sequence[Accuracy]) -> None:
 
 
 def print_costs(title: str, costs: Sequence[QuantizationCost]) -> None:
-    """Print seconds and memory of each method, the mean and the most over the draws."""
+    """Print the mean seconds and the peak memory of each method over the draws."""
     rows = []
     for method in dict.fromkeys(cost.method for cost in costs):
         own = [cost for cost in costs if cost.method == method]
@@ -103,7 +103,7 @@ def print_costs(title: str, costs: Sequence[QuantizationCost]) -> None:
 
 
 def print_speeds(title: str, rows: Sequence[Speed]) -> None:
-    """Print each time, its ratio to its floor, and to the walk at one bit width on the same images and patches."""
+    """Print seconds, and their ratios to the floor and to a walk at one bit width on the same images and patches."""
     by_case = {(row.what, row.patches, row.images, row.widths): row.seconds for row in rows}
     print_table(
         title,

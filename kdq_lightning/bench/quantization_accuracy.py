@@ -32,10 +32,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Accuracy:
-    """One method at one bit width.
+    """Accuracies of one method at one bit width.
 
     Attributes:
-        method: One of `METHODS` or `PEERS`; "float" for the network itself.
+        method: One of `METHODS` or `PEERS`; `float` for the float network.
         bits: Bit width.
         levels: Number of values that a weight may take, the most of any layer; 0 for the float network.
         recipe: Solver and codebook.
@@ -115,7 +115,7 @@ def measure_accuracy(
 def quantize_by(
     method: str, model: nn.Module, batches: Sequence[Tensor], bits: Sequence[int], seed: int
 ) -> dict[int, tuple[nn.Module, Quantized | None]]:
-    """Return the quantized networks by bit width, and what is known of them if they are ours."""
+    """Return the quantized networks by bit width, each with its `Quantized`; None in its place for a peer's."""
     if method in PEERS:
         return {width: (quantize_brevitas(model, batches, width, method), None) for width in bits}
     results = quantize(model, batches, bits, seed=seed, **METHODS[method])
@@ -123,6 +123,7 @@ def quantize_by(
 
 
 def _describe(method: str, bits: int, result: Quantized | None) -> Accuracy:
+    """Return the description of a quantized network, without accuracies yet."""
     if result is None:
         return Accuracy(method, bits, 2**bits - 1, "", 0)
     recipes = sorted({f"{layer.solver}/{layer.codebook}" for layer in result.layers if layer.codebook})
@@ -135,7 +136,7 @@ def _describe(method: str, bits: int, result: Quantized | None) -> Accuracy:
 
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], float]]:
-    """Yield a function that tells, after the block, the most memory the process held within it, in 2^30 bytes.
+    """Yield a function that returns, after the block, the peak memory of the process within it, in 2^30 bytes.
 
     Only Linux lets a process forget its former peak; elsewhere the peak is that since its start.
     """

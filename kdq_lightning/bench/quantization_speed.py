@@ -1,6 +1,6 @@
-"""How long a walk takes: against its floor (forwards and Gram products alone) and against the published recursion.
+"""Seconds of a walk, of its floor (forwards and Gram products alone) and of the published recursion.
 
-All figures are processor seconds of one thread, measured in turn, so that what else runs on the machine hits all alike.
+All figures are processor seconds of one thread. The functions run in turns, so that other processes disturb all alike.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,7 @@ WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 @dataclass
 class Speed:
-    """One way of quantizing a network.
+    """Seconds of one way to quantize a network.
 
     Attributes:
         what: "walk", "floor" or "published" recursion.
@@ -60,12 +60,12 @@ class Speed:
 
 
 def measure_speed(model: nn.Module, images: Tensor, repeats: int = 5) -> list[Speed]:
-    """Time the walk, its floor and the published recursion on the same images and patches.
+    """Return the seconds of the walk, its floor and the published recursion on the same images and patches.
 
     Args:
         model: In eval mode, on the CPU; of 2-D convolutions and linear layers.
         images: Normalised calibration images, (images, 3, h, w).
-        repeats: Runs of each, one after the other in turn.
+        repeats: Calls of each that are counted.
     """
     half, quarter = images[: len(images) // 2], images[: len(images) // 4]
     cases: list[tuple[tuple[str, str, int, int], Callable[[], object]]] = []
@@ -87,12 +87,12 @@ def measure_speed(model: nn.Module, images: Tensor, repeats: int = 5) -> list[Sp
 
 
 def floor(model: nn.Module, images: Tensor, layers: Sequence[LayerReport], widths: int) -> Callable[[], None]:
-    """Return what no walk can leave out: a forward for the float network and each bit width, and X̃ᵀX̃ and X̃ᵀX.
+    """Return a function that does what no walk can leave out: forwards of all networks, and X̃ᵀX̃ and X̃ᵀX.
 
     Args:
         model: The network.
         images: Its inputs.
-        layers: From them the rows that each layer is solved on.
+        layers: Reports that say how many rows each layer is solved on.
         widths: Number of bit widths.
     """
     shapes = [_input_shape(model.get_submodule(layer.name), layer.rows) for layer in layers]
@@ -114,7 +114,7 @@ def floor(model: nn.Module, images: Tensor, layers: Sequence[LayerReport], width
 
 
 def _input_shape(layer: nn.Module, rows: int) -> tuple[int, int, int]:
-    """Return (groups, rows, N)."""
+    """Return the shape of a layer's inputs: (groups, rows, N)."""
     assert isinstance(layer.weight, Tensor)
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     return groups, rows, layer.weight[0].numel()

@@ -1,6 +1,7 @@
-"""The Trainer's step, data and logging included, against a bare PyTorch loop on one fixed batch.
+"""`kdq bench step`: the Trainer's step, data and logging included, against a bare PyTorch loop on one fixed batch.
 
-The limit of a strategy with a teacher is the student's step and the teacher's forward, with the loss of vanilla.
+The bare loop is the limit. For a strategy with a teacher it is the student's step with the loss of vanilla
+distillation, and the teacher's forward.
 """
 
 import time
@@ -37,7 +38,7 @@ WARMUP = 2  # batches that are not counted: memory is allocated, kernels are cho
 
 
 class _Clock(Callback):
-    """Measures the batches after the warm-up, then ends the training."""
+    """Measures the seconds of the batches after the warm-up, then ends the training."""
 
     def __init__(self, warmup: int, batches: int) -> None:
         self.warmup, self.last = warmup, warmup + batches
@@ -142,7 +143,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> dict[str, Any]:
-    """Print images/s of Trainer and bare loop, and return the figures.
+    """Print images/s of the Trainer and of the bare loop for each strategy, and return the figures.
 
     Raises:
         UserError: If a strategy is unknown.
@@ -177,7 +178,10 @@ def run(args: Namespace) -> dict[str, Any]:
 
 
 def _row(name: str, seconds: dict[str, list[float]], args: Namespace, figures: dict[str, Any]) -> list[str]:
-    """Return a table row, and note the efficiency: the median over the turns of limit / Trainer time."""
+    """Return a row of the table, and add the efficiency and the minutes to the figures.
+
+    The efficiency is the median over the repeats of (seconds of the bare loop) / (seconds of the Trainer).
+    """
     images = args.batch_size * args.steps
     limit, actual = torch.tensor(seconds["limit"]), torch.tensor(seconds["trainer"])
     figures[f"{name}_efficiency"] = efficiency = float((limit / actual).median())

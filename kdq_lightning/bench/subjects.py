@@ -1,4 +1,4 @@
-"""`kdq bench`: one module a subject, all with the same way to keep the figures."""
+"""`kdq bench`: one module a subject; all print tables, and write their figures where `--json` says."""
 
 import importlib
 import json
@@ -22,7 +22,7 @@ SUBJECTS = {
 
 
 def main(args: list[str]) -> int:
-    """Run one benchmark, print its tables, and write its figures where `--json` says."""
+    """Run one benchmark, print its tables, write its figures where `--json` says, and return the exit code."""
     parser = OneLineErrors(
         prog="kdq bench",
         description="Throughput against the limit that the same process measures.",
@@ -38,7 +38,12 @@ def main(args: list[str]) -> int:
 
 
 def subject_parser(subject: ModuleType, **settings: Any) -> ArgumentParser:
-    """Return the parser of a subject's options, `--json` among them."""
+    """Return the parser of a subject's options and of `--json`.
+
+    Args:
+        subject: One of the modules of `SUBJECTS`, or another with the same two functions.
+        **settings: Arguments of the parser.
+    """
     parser = OneLineErrors(description=subject.__doc__, **settings)
     subject.add_arguments(parser)
     parser.add_argument("--json", type=Path | None, default=None, help="File that gets the figures.")
@@ -46,7 +51,7 @@ def subject_parser(subject: ModuleType, **settings: Any) -> ArgumentParser:
 
 
 def run_subject(subject: ModuleType, options: Namespace) -> None:
-    """Run a subject, and keep its figures if `--json` names a file."""
+    """Run a subject, and write its figures as JSON if `--json` names a file."""
     figures = subject.run(options)
     if options.json:
         write_atomically(options.json, (json.dumps(figures, indent=2) + "\n").encode())

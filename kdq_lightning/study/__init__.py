@@ -1,1 +1,1 @@
-"""`kdq study`: a list of runs, done one after the other or several at once, resumed where they were cut off."""
+"""`kdq study`: runs the runs that a file lists, one after the other or several at once, and resumes them."""

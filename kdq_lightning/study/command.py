@@ -1,4 +1,4 @@
-"""`kdq study`: runs what a study's file lists and has no record yet, then writes the report."""
+"""`kdq study`: runs those runs of a study that have no records yet, then writes the report."""
 
 import sys
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ ROOT = Path("runs")
 
 
 def main(args: list[str]) -> int:
-    """Run the study; the exit code is 0 only if every run of it is done."""
+    """Run the study, and return the exit code: 0 if all of its runs have their records, else 1."""
     parser = ArgumentParser(prog="kdq study", description="A list of runs, resumable, and the report over them.")
     parser.add_argument("config", type=Path, help="The study's file, such as configs/study_quickstart.yaml.")
     parser.add_argument("--dry_run", action="store_true", help="Print the commands that are left, and run none.")
@@ -68,7 +68,11 @@ def main(args: list[str]) -> int:
 
 
 def _of_seeds(runs: Sequence[Run], seeds: Sequence[int] | None) -> list[Run]:
-    """Return the runs of some seeds; all if none are named."""
+    """Return the runs of the given seeds; all runs if `seeds` is None.
+
+    Raises:
+        UserError: If a seed is not one of the study's, or the list is empty.
+    """
     known = {run.seed for run in runs}
     if seeds is not None and (not seeds or not known.issuperset(seeds)):
         raise UserError(f"--seeds must name seeds of the study, some of {sorted(known)}, got {seeds}")
@@ -76,19 +80,24 @@ def _of_seeds(runs: Sequence[Run], seeds: Sequence[int] | None) -> list[Run]:
 
 
 def _places(results: Path | None) -> list[Path]:
-    """Return the folders that records may lie in, as far as they are there."""
+    """Return the existing folders in which records are searched: the folder of all runs, and `--results`."""
     return [place for place in (ROOT, results) if place is not None and place.is_dir()]
 
 
 def _reason(run: Run, failed: Sequence[Run]) -> str:
-    """Return why a run has not all of its records."""
+    """Return why a run does not have all of its records, in words."""
     if needed := [other.name for other in failed if other.name in run.needs and other.seed == run.seed]:
         return f"it needs {' and '.join(needed)}"
     return f"it failed, see {run.log}" if run in failed else f"it ended without all its records, see {run.log}"
 
 
 def still_to_run(runs: Sequence[Run], done: dict[Run, list[Path]]) -> list[Run]:
-    """Return the runs without a record, and before them those whose weights they need and that are not here."""
+    """Return the runs that have no records, and those whose weights these need and that are not here, in order.
+
+    Args:
+        runs: All runs, each after those that it needs.
+        done: Runs that have their records, with the folders of these.
+    """
     wanted: list[Run] = []
     for run in reversed(runs):
         is_needed = any(run.name in other.needs and run.seed == other.seed for other in wanted)

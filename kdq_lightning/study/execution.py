@@ -1,4 +1,4 @@
-"""Runs commands: on one device in this process, which pays for start-up once, on several in a process each."""
+"""Runs the commands of a study: in this process, which starts up once, or several at once in a process each."""
 
 import os
 import subprocess
@@ -21,12 +21,12 @@ QUIET = ("--trainer.enable_progress_bar=false",)  # what is printed goes into a 
 
 
 def execute(runs: Sequence[Run], devices: int, progress: Progress) -> list[Run]:
-    """Run everything; past a failed run the others go on, except those that need it.
+    """Run all commands. If one fails, the others go on, except those that need its weights.
 
     Args:
         runs: Each after those that it needs.
-        devices: How many at once.
-        progress: Told of every run.
+        devices: How many run at the same time.
+        progress: Prints a line for every run.
 
     Returns:
         The runs that failed.
@@ -35,7 +35,10 @@ def execute(runs: Sequence[Run], devices: int, progress: Progress) -> list[Run]:
 
 
 def arguments_of(run: Run) -> list[str]:
-    """Return a run's command line; one that was cut off goes on, unless its settings or its teacher were others."""
+    """Return the arguments of a run's command.
+
+    A run that was cut off is resumed, unless its settings or its teacher have changed since.
+    """
     goes_on = (
         run.unfinished is not None
         and version_hash(run.unfinished) == read_settings(run.arguments).config_hash
@@ -45,7 +48,7 @@ def arguments_of(run: Run) -> list[str]:
 
 
 def run_here(runs: Sequence[Run], progress: Progress) -> list[Run]:
-    """Run one after the other in this process."""
+    """Run the commands one after the other in this process, and return the runs that failed."""
     failed: list[Run] = []
     for i, run in enumerate(runs):
         if _is_hopeless(run, failed):
@@ -60,10 +63,10 @@ def run_here(runs: Sequence[Run], progress: Progress) -> list[Run]:
 
 
 def _call(run: Run, log: TextIO) -> bool:
-    """Call `kdq` with its output in the log, and tell whether it succeeded.
+    """Run a command with its output in the log, and return whether it succeeded.
 
     Raises:
-        SystemExit: If the run was interrupted: the study ends, too.
+        SystemExit: If the run was interrupted, which ends the study, too.
     """
     with redirect_stdout(log), redirect_stderr(log):
         try:
@@ -75,7 +78,10 @@ def _call(run: Run, log: TextIO) -> bool:
 
 
 def run_at_once(runs: Sequence[Run], devices: int, progress: Progress) -> list[Run]:
-    """Run up to `devices` processes at once, which share the cores; where there are GPUs, each sees one."""
+    """Run the commands in up to `devices` processes at a time, and return the runs that failed.
+
+    The processes share the cores; where there are GPUs, each process sees one.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(cores // devices, 1)  # a thread a core in every run would slow all of them down
     waiting, failed = list(runs), []
@@ -120,9 +126,10 @@ def _open_log(run: Run) -> TextIO:
 
 
 def _needs(run: Run, other: Run) -> bool:
+    """Return whether a run reads the weights of another."""
     return other.name in run.needs and other.seed == run.seed
 
 
 def _is_hopeless(run: Run, failed: Sequence[Run]) -> bool:
-    """Whether a run needs one that failed."""
+    """Return whether a run needs one that failed."""
     return any(_needs(run, other) for other in failed)

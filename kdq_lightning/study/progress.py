@@ -12,13 +12,18 @@ from kdq_lightning.study.run import Run
 
 
 def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Path]]:
-    """Return the runs that have all their records below the given places, and the folders of these.
+    """Return the runs that have all their records below the given folders, with the folders of these records.
 
-    A run's records are known by config hash and seed, so they may come from another machine or study. They don't count
-    if the weights that it learned from were trained again since, or if runs that need it would read a newer version.
+    Records belong to a run if config hash and seed are equal, so they may come from another machine or study. They do
+    not count if the weights that the run learned from were trained again since, or if a run that needs this one would
+    read a newer version.
+
+    Args:
+        runs: All runs of the study.
+        places: Folders that are searched.
 
     Raises:
-        SystemExit: If an option of a run is unknown; a sentence has been printed then.
+        SystemExit: If an option of a run is unknown; the sentence that says so has been printed.
     """
     records: defaultdict[tuple[str, int], dict[Path, list[Record]]] = defaultdict(dict)
     for folder, found in find_records(*places).items():
@@ -35,7 +40,7 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
             settings = read_settings(run.arguments)
             model = settings.config["model"]["init_args"]
             bits = set(settings.config["quantization"]["bits"]) | {FLOAT_BITS}
-            # A network that carries codes is recorded at the one bit width that it has.
+            # A network that was quantized before training is recorded at its own bit width alone.
             widths = set() if model.get("packed") else bits
             hashes[run.name] = settings.config_hash, widths, len(model.get("networks") or [None])
         config_hash, widths, networks = hashes[run.name]
@@ -50,7 +55,13 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
 
 
 def _is_complete(records: Sequence[Record], widths: set[int], networks: int) -> bool:
-    """Whether there is a record of every network at every bit width; at any, if none is named."""
+    """Return whether all networks have records at all bit widths.
+
+    Args:
+        records: Records of one folder.
+        widths: Bit widths that each network needs; if empty, any bit width will do.
+        networks: How many networks there are.
+    """
     by_network: defaultdict[str, set[int]] = defaultdict(set)
     for record in records:
         by_network[record.name].add(record.bits)
@@ -58,15 +69,15 @@ def _is_complete(records: Sequence[Record], widths: set[int], networks: int) -> 
 
 
 class Progress:
-    """One line a run, with the time that is left as far as the runs before it tell."""
+    """Prints a line for each run that ends, with an estimate of the time that is left."""
 
     def __init__(self, total: int, left: int, devices: int) -> None:
-        """Say what there is to do.
+        """Print how many runs there are, and how many of them are done.
 
         Args:
-            total: Runs of the study.
-            left: Those to run now.
-            devices: Runs at once.
+            total: Number of runs of the study.
+            left: Number of runs that are not done.
+            devices: How many run at the same time.
         """
         self.left, self.devices = left, devices
         self.width = len(str(left))
@@ -76,16 +87,16 @@ class Progress:
         print(f"{total} runs, {total - left} of them have their records already", flush=True)
 
     def start(self, run: Run) -> None:
-        """Note when a run starts."""
+        """Start the clock of a run."""
         self.started[run] = time.monotonic()
 
     def finish(self, run: Run, ok: bool, waiting: Sequence[Run]) -> None:
-        """Print a run's line.
+        """Print the line of a run that has ended.
 
         Args:
-            run: That has ended.
+            run: The run.
             ok: Whether it succeeded.
-            waiting: Runs that have not ended.
+            waiting: Runs that have not ended yet.
         """
         seconds = time.monotonic() - self.started[run]
         self.finished += 1
@@ -97,9 +108,9 @@ class Progress:
         print(f"{line}; about {format_seconds(remaining)} left" if remaining else line, flush=True)
 
     def remaining(self, waiting: Sequence[Run]) -> float | None:
-        """Return the seconds that the runs will take: each like its own strategy's others, else like the mean of all.
+        """Return the seconds that the waiting runs will take; None if none waits or no run has ended yet.
 
-        None if nothing is known yet, or nothing is left.
+        A run is expected to take as long as the same run with other seeds did, else as long as the mean of all runs.
         """
         every = [seconds for measured in self.seconds.values() for seconds in measured]
         if not every or not waiting:
@@ -110,7 +121,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as 40 s, 12 min or 3.5 h."""
+    """Return a duration in words, such as 40 s, 12 min or 3.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""`kdq bench project`: minutes that `kdq fit` of a config takes on this machine, from a few measured steps."""
+"""`kdq bench project`: prints the minutes that `kdq fit` of a config will take here, from a few measured steps."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from kdq_lightning.study.run import Run
 
 
 def main(args: list[str]) -> int:
-    """Project a config; `--json` keeps the figures."""
+    """Project a config, print the table, write the figures where `--json` says, and return the exit code."""
     module = sys.modules[__name__]
     run_subject(module, subject_parser(module, prog="kdq bench project").parse_args(args))
     return 0
@@ -30,10 +30,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> dict[str, Any]:
-    """Print the projection, and return the figures.
+    """Print the projection, and return its figures.
 
     Raises:
-        UserError: If the config isn't there or is no run's, its images or its teacher are missing.
+        UserError: If the config, its images or its teacher are missing.
     """
     if not args.config.is_file():
         raise UserError(f"{args.config} does not exist: give a config such as configs/dml_cpu.yaml")

@@ -1,4 +1,4 @@
-"""Whether a run's results are of the weights that lie here now, or of such as were trained again since."""
+"""Finds results that are outdated because the weights behind them were trained again."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -11,10 +11,15 @@ from kdq_lightning.study.run import Run
 
 
 def is_outdated(run: Run, version: Path) -> bool:
-    """Tell whether a version of a run read other weights than its study would give it now.
+    """Return whether a version of a run used other weights than the study would give the run now.
 
-    A checkpoint names the weights that taught it; a quantized version is older than weights that were trained again.
-    Where it or they are gone, or are not this study's, nothing can be compared: not outdated.
+    A checkpoint holds a digest of the teacher's weights, which is compared. A quantized version is outdated if it is
+    older than the weights. If the checkpoint or the weights are gone, or belong to another study, nothing can be
+    compared, and the version counts as up to date.
+
+    Args:
+        run: The run.
+        version: Folder of the version.
     """
     with suppress(UserError):
         quantized = next((option for option in run.options if option.startswith("--ckpt_path=")), None)
@@ -28,7 +33,7 @@ def is_outdated(run: Run, version: Path) -> bool:
 
 
 def _digests_now(run: Run) -> dict[str, str]:
-    """Return what tells the weights in the run folders that a run reads, by the key in its checkpoint."""
+    """Return the digests of the weights that a run would read now, by the keys that its checkpoint has for them."""
     prefix = "--model.init_args."
     options = dict(option.removeprefix(prefix).split("=", 1) for option in run.options if option.startswith(prefix))
     folders = {key: Path(options[key]) for key in ("teacher", "packed") if Path(options.get(key, "none")).is_dir()}
