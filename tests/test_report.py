@@ -374,7 +374,7 @@ def test_methods_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             common = {"seed": seed, "network": network}
             write_run(tmp_path / f"{strategy}{seed}", strategy, {3: top1, 4: top1 + 2, 32: top1 + 4}, **common)
             if strategy != "teacher":
-                gpfq = {2: top1 - 20, 4: top1 - 8}
+                gpfq = {2: top1 - 20, 4: top1 - 8} | ({3: top1 - 10} if strategy == "dkd" else {})
                 write_run(tmp_path / f"{strategy}{seed}_gpfq", strategy, gpfq, codebook="paper", **common)
     findings = _findings(tmp_path)
     rows = {row.label: row for row in findings.rows}
@@ -383,18 +383,19 @@ def test_methods_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("Control (resnet18)", "default", [3, 4, 32], [0, 1]),
         ("Control (resnet18), gpfq", "gpfq", [2, 4, 32], [0, 1]),
         ("DKD (resnet18)", "default", [3, 4, 32], [0, 1]),
-        ("DKD (resnet18), gpfq", "gpfq", [2, 4, 32], [0, 1]),
+        ("DKD (resnet18), gpfq", "gpfq", [2, 3, 4, 32], [0, 1]),
     ]
     assert rows["DKD (resnet18), gpfq"].cells[4].summaries["test_top1"].mean == pytest.approx(76.25)
     assert rows["DKD (resnet18)"].cells[4].summaries["test_top1"].mean == pytest.approx(86.25)
 
     students, teachers = comparable_files(findings.rows)
-    assert (len(students), len(teachers)) == (10, 3)  # a float network is one file
+    assert (len(students), len(teachers)) == (11, 3)  # a float network is one file
     assert findings.duels[0].student.label == "DKD (resnet18), gpfq, 2 bits"  # the smallest file of all methods
     own = np.stack(list(rows["DKD (resnet18), gpfq"].cells[4].correct.values()))
     control = np.stack(list(rows["Control (resnet18), gpfq"].cells[4].correct.values()))
     gains = findings.gains[rows["DKD (resnet18), gpfq"]]
     assert gains[4].points == pytest.approx(100 * (own.mean() - control.mean()))
+    assert list(gains) == [2, 4, 32]  # at 3 bits the control has the default method alone
     drops = {(drop.row.label, drop.bits): drop for drop in findings.drops}
     assert drops["DKD (resnet18), gpfq", 4].versus_control and not drops["DKD (resnet18), gpfq", 4].versus_teacher
     assert drops["DKD (resnet18)", 4].versus_teacher
@@ -407,7 +408,7 @@ def test_methods_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert f"Method `gpfq`:\n\n{tables[1]}" in text
     with (tmp_path / "out" / "cells_cifar10.csv").open() as file:
         cells = [(row["strategy"], row["method"], row["bits"]) for row in csv.DictReader(file)]
-    assert len(cells) == len(set(cells)) == 13 and ("dkd", "", "32") in cells and ("dkd", "gpfq", "2") in cells
+    assert len(cells) == len(set(cells)) == 14 and ("dkd", "", "32") in cells and ("dkd", "gpfq", "2") in cells
     assert "76.25" in (tmp_path / "out" / "accuracy_gpfq_cifar10.csv").read_text()
     curves = draw_figures(findings)["accuracy_vs_bits"].axes[0].get_legend_handles_labels()[1]
     assert curves == list(rows)
