@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdq_lightning.cli import main
-from kdq_lightning.commands import onnx_export
-from kdq_lightning.commands.onnx_export import bit_planes, check_onnx, onnx_bytes, onnx_session
+from kdq_lightning.commands import onnx_weights
+from kdq_lightning.commands.onnx_export import check_onnx, onnx_bytes, onnx_session
+from kdq_lightning.commands.onnx_weights import bit_planes
 from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
@@ -207,7 +208,7 @@ def test_what_torch_cannot_export_is_a_sentence():
 )
 def test_old_versions_are_named(versions: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch):
     """Integers of a byte always fit; those of four bits name the version that is needed."""
-    monkeypatch.setattr(onnx_export, "_versions", lambda: versions)
+    monkeypatch.setattr(onnx_weights, "_versions", lambda: versions)
     network, weights = network_of([("int", 8)])
     assert onnx_bytes(network, weights, {}, "qdq")
     network, weights = network_of([("int", 3)])

@@ -28,7 +28,7 @@ from kdq_lightning.runs.checkpoints import state_dict_bytes
 
 HONEST = (
     "A packed file saves storage, not arithmetic: its weights are dequantized and multiplied in float32."
-    " Fewer bits are faster only where a kernel computes in them, as onnxruntime's int8."
+    " Only a kernel that computes in fewer bits could be faster; the row of onnxruntime int8 shows whether it is here."
 )
 _SIDE, _CLASSES = 32, 10
 _REFERENCE = "torch float32"
