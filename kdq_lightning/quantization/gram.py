@@ -1,7 +1,8 @@
 """From streams of layer inputs to Gram matrices: all that a solver needs to know about the calibration images.
 
-Only the chosen patches are ever unfolded. Products of at most 1,024 rows are taken in the type of the activations and
-added into float64 sums: as exact as float64 products up to a few rounding ties in a network, and several times cheaper.
+Only the chosen patches are ever unfolded. Products of at most 1,024 rows are taken in float32 (in float64 for a network
+in float64) and added into float64 sums: as exact as float64 products up to a few rounding ties in a network, and
+several times cheaper.
 """
 
 import math
@@ -25,6 +26,11 @@ STRIP = 144  # narrower products waste more than the symmetry of A saves
 def layers_of(model: nn.Module) -> dict[str, Layer]:
     """Return the layers that can be quantized, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+
+
+def weight_name(layer: str) -> str:
+    """Return the name of a layer's weight in its network; a network that is a layer itself has the name ""."""
+    return f"{layer}.weight" if layer else "weight"
 
 
 @dataclass
@@ -53,6 +59,26 @@ class Gram:
         """Return |Xw - X̃q|² of each neuron, (groups, 1, neurons), for the weights q, (groups, N, neurons)."""
         return (weight * (self.A @ weight - 2 * self.BW)).sum(1, keepdim=True) + self.y_square
 
+    def with_ridge(self, weight: Tensor, factor: float) -> "Gram":
+        """Return the sums of |Xw - X̃q|² + λ|w - q|² with λ = factor · mean(diag A) · min(1, N / rows) in each group.
+
+        Few rows say little about many columns, and a solver that trusts them alone fits their noise; the penalty draws
+        the weights that the rows say nothing about to the float ones.
+
+        Args:
+            weight: w, (groups, N, neurons).
+            factor: 0 for no ridge.
+        """
+        if not factor:
+            return self
+        columns = self.A.shape[1]
+        penalty = factor * min(1.0, columns / self.rows) * self.A.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        A, B = self.A.clone(), None if self.B is None else self.B.clone()
+        for matrix in (A,) if B is None else (A, B):
+            matrix.diagonal(dim1=1, dim2=2).add_(penalty.squeeze(2))
+        square = self.y_square + penalty * weight.square().sum(1, keepdim=True)
+        return replace(self, A=A, B=B, BW=self.BW + penalty * weight, y_square=square)
+
     def neurons(self, part: slice) -> "Gram":
         """Return what concerns some of the neurons."""
         return replace(self, BW=self.BW[:, :, part], y_square=self.y_square[:, :, part], y_sum=self.y_sum[:, :, part])
@@ -72,13 +98,17 @@ class Places:
     pixels: Tensor
     outside: Tensor
 
-    def of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where the rows of some positions lie, (samples, draws) int64 indices into the flattened grid.
+    def of(self, positions: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where the rows of some positions lie.
+
+        Args:
+            positions: (samples, draws) int64, indices into the flattened grid.
+            samples: (samples,) int64, which samples they are of.
 
         Returns:
             The pixel of each kernel position of each row, counted over all samples, and which of these lie outside.
         """
-        before = torch.arange(len(positions), device=positions.device).unsqueeze(1) * self.sample
+        before = samples.unsqueeze(1) * self.sample
         chosen = positions.flatten()
         pixels = self.pixels.index_select(0, chosen).view(len(positions), -1) + before
         return pixels.flatten(), self.outside.index_select(0, chosen).flatten().nonzero().flatten()
@@ -138,15 +168,15 @@ class Patches:
         Columns are ordered (kernel position, channel): runs of channels copy whole.
 
         Returns:
-            (groups, rows, N).
+            (groups, rows, N), float32 or float64.
         """
         if isinstance(self.layer, nn.Linear):
-            return inputs.reshape(-1, inputs.shape[-1]).index_select(0, pixels)[None]
+            return at_least_float32(inputs.reshape(-1, inputs.shape[-1]).index_select(0, pixels)[None])
         if self.layer.padding_mode != "zeros":
             inputs = F.pad(inputs, self.layer._reversed_padding_repeated_twice, self.layer.padding_mode)
         channels = inputs.shape[1]
         taken = inputs.movedim(1, -1).reshape(-1, channels).index_select(0, pixels).index_fill_(0, outside, 0.0)
-        taken = taken.view(-1, math.prod(self.kernel), self.groups, channels // self.groups)
+        taken = at_least_float32(taken).view(-1, math.prod(self.kernel), self.groups, channels // self.groups)
         return taken.permute(2, 0, 1, 3).reshape(self.groups, -1, self.columns)
 
     def _padding(self) -> tuple[int, int, int, int]:
@@ -165,54 +195,122 @@ class Patches:
         return split.transpose(dim, dim + 1).reshape(shape)
 
 
-def collect(
-    patches: Patches, parts: Sequence[Sequence[Tensor]], positions: Tensor, *, first_sample: int, cross: Sequence[bool]
-) -> list[Gram]:
-    """Gather the Gram matrices of one layer, summed over all processes.
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return values of half precision as float32, others as they are."""
+    return values if values.dtype == torch.float64 else values.float()
 
-    Args:
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one layer's inputs that a walk looks at.
+
+    Attributes:
         patches: How the layer cuts its inputs.
         parts: Inputs of the layer, part of the samples by part; in each those of the float network, then of each
             quantized network, (samples, ...).
         positions: (samples, draws), the patches to take of each sample.
         first_sample: Index of the first of these samples in the whole calibration set.
-        cross: For each quantized network, whether B is wanted.
+        held_out: (samples,) bool, the samples that the layer is not solved on, but tried; None for none.
     """
-    weight = columns(patches.layer.weight.detach(), patches.groups)
-    order = patches.reorder(torch.arange(patches.columns, device=weight.device), 0)
-    gathered = weight[:, order.argsort()]
-    grams = [_empty(weight, wanted) for wanted in cross]
-    ones = weight.new_ones(len(weight), 1, CHUNK_ROWS)
-    places = patches.places(parts[0][0])
-    for part, block, place in _blocks([len(part[0]) for part in parts], positions.shape[1], first_sample):
-        inputs, *quantized = (stream[block] for stream in parts[part])
-        where = places.of(positions[place])
-        x = _chunks(patches.rows(inputs, *where))
-        y = [chunk @ gathered for chunk in x]
-        y_square = sum(chunk.square().sum(1, keepdim=True).double() for chunk in y)
-        y_sum = sum(chunk.sum(1, keepdim=True).double() for chunk in y)
-        for gram, stream in zip(grams, quantized, strict=True):
-            gram.y_square += y_square
-            gram.y_sum += y_sum
-            for x_chunk, y_chunk, q_chunk in zip(x, y, _chunks(patches.rows(stream, *where)), strict=True):
-                _add_lower(gram.A, q_chunk)
-                gram.x_sum += ones[:, :, : q_chunk.shape[1]] @ q_chunk  # several times faster than sum(1)
-                if gram.B is None:
-                    gram.BW += q_chunk.mT @ y_chunk
-                else:
-                    gram.B += q_chunk.mT @ x_chunk
-    for gram in grams:
-        gram.rows = positions.numel()
-        _sum_over_ranks(gram)
-        _mirror(gram.A)
-        gram.A = patches.reorder(patches.reorder(gram.A, 1), 2)
-        gram.x_sum = patches.reorder(gram.x_sum, 2)
-        if gram.B is None:
-            gram.BW = patches.reorder(gram.BW, 1)
-        else:
-            gram.B = patches.reorder(patches.reorder(gram.B, 1), 2)
-            gram.BW = gram.B @ weight.double()
-    return grams
+
+    patches: Patches
+    parts: Sequence[Sequence[Tensor]]
+    positions: Tensor
+    first_sample: int
+    held_out: Tensor | None = None
+
+    def collect(self, cross: Sequence[bool]) -> list[Gram]:
+        """Gather the Gram matrices over the rows that are not held out, summed over all processes.
+
+        Args:
+            cross: For each quantized network, whether B is wanted.
+        """
+        patches, weight = self.patches, self._weight()
+        gathered = self._gathered(weight)
+        grams = [_empty(weight, wanted) for wanted in cross]
+        ones = weight.new_ones(len(weight), 1, CHUNK_ROWS)
+        solved = None if self.held_out is None else ~self.held_out
+        for x, streams in self._unfold(solved):
+            y = [chunk @ gathered for chunk in x]
+            y_square = sum(chunk.square().sum(1, keepdim=True).double() for chunk in y)
+            y_sum = sum(chunk.sum(1, keepdim=True).double() for chunk in y)
+            for gram, q in zip(grams, streams, strict=True):
+                gram.y_square += y_square
+                gram.y_sum += y_sum
+                for x_chunk, y_chunk, q_chunk in zip(x, y, q, strict=True):
+                    _add_lower(gram.A, q_chunk)
+                    gram.x_sum += ones[:, :, : q_chunk.shape[1]] @ q_chunk  # several times faster than sum(1)
+                    if gram.B is None:
+                        gram.BW += q_chunk.mT @ y_chunk
+                    else:
+                        gram.B += q_chunk.mT @ x_chunk
+        samples = len(self.positions) if solved is None else int(solved.sum())
+        for gram in grams:
+            gram.rows = samples * self.positions.shape[1]
+            _sum_over_ranks(gram)
+            _mirror(gram.A)
+            gram.A = patches.reorder(patches.reorder(gram.A, 1), 2)
+            gram.x_sum = patches.reorder(gram.x_sum, 2)
+            if gram.B is None:
+                gram.BW = patches.reorder(gram.BW, 1)
+            else:
+                gram.B = patches.reorder(patches.reorder(gram.B, 1), 2)
+                gram.BW = gram.B @ weight.double()
+        return grams
+
+    def errors(self, candidates: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[list[float]]:
+        """Return |Xw - X̃q - d|² of some candidates over the rows held out, summed over all processes.
+
+        Args:
+            candidates: For each quantized network as many pairs of weights q, (groups, N, neurons), and bias shifts d,
+                (groups, 1, neurons).
+
+        Returns:
+            For each quantized network one error a candidate.
+        """
+        weight = self._gathered(self._weight())
+        pairs = [[(self._gathered(q).to(weight), d.to(weight)) for q, d in some] for some in candidates]
+        found = torch.zeros(len(pairs), len(pairs[0]), dtype=torch.float64, device=weight.device)
+        for x, streams in self._unfold(self.held_out):
+            y = [chunk @ weight for chunk in x]
+            for i, q in enumerate(streams):
+                for j, (candidate, shift) in enumerate(pairs[i]):
+                    for y_chunk, q_chunk in zip(y, q, strict=True):
+                        found[i, j] += (y_chunk - q_chunk @ candidate - shift).double().square().sum()
+        if dist.is_initialized():
+            dist.all_reduce(found)
+        rows: list[list[float]] = found.tolist()
+        return rows
+
+    def _weight(self) -> Tensor:
+        return columns(at_least_float32(self.patches.layer.weight.detach()), self.patches.groups)
+
+    def _gathered(self, weight: Tensor) -> Tensor:
+        """Put columns of a weight, (groups, N, neurons), into the order of unfolded rows."""
+        order = self.patches.reorder(torch.arange(self.patches.columns, device=weight.device), 0)
+        return weight[:, order.argsort()]
+
+    def _unfold(self, chosen: Tensor | None) -> Iterator[tuple[list[Tensor], Iterator[list[Tensor]]]]:
+        """Unfold the inputs of some samples, or of all, block by block.
+
+        Yields:
+            The float network's rows in chunks, (groups, rows, N), and the same rows of each quantized network.
+        """
+        patches, positions = self.patches, self.positions
+        places = patches.places(self.parts[0][0])
+        for part, block, place in _blocks([len(part[0]) for part in self.parts], positions.shape[1], self.first_sample):
+            inputs, *quantized = (stream[block] for stream in self.parts[part])
+            wanted = positions[place]
+            samples = torch.arange(len(wanted), device=wanted.device)
+            if chosen is not None:
+                samples = samples[chosen[place]]
+                wanted = wanted[samples]
+            if len(samples):
+                where = places.of(wanted, samples)
+                yield (
+                    _chunks(patches.rows(inputs, *where)),
+                    (_chunks(patches.rows(stream, *where)) for stream in quantized),
+                )
 
 
 def _blocks(sizes: Sequence[int], draws: int, first_sample: int) -> Iterator[tuple[int, slice, slice]]:

@@ -20,14 +20,17 @@ from torch import Tensor, nn
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.draws import draw_positions, draw_uniform
-from kdq_lightning.quantization.forwards import Forwards, part_images
-from kdq_lightning.quantization.gram import Gram, Layer, Patches, collect, columns, layers_of
+from kdq_lightning.quantization.forwards import Forwards, part_images, share_tensors
+from kdq_lightning.quantization.gram import Gram, Layer, Patches, Rows, columns, layers_of
+from kdq_lightning.quantization.memory import tensors_in
 from kdq_lightning.quantization.packing import packed_bytes
+from kdq_lightning.quantization.probe import NOT_IMAGES_FIRST, Plan, holds_first
 from kdq_lightning.quantization.recipes import Recipe
-from kdq_lightning.quantization.solution import Solution, solve
+from kdq_lightning.quantization.solution import Solution, rounded, solve
 from kdq_lightning.quantization.solvers import SOLVERS
 
 ROWS_PER_COLUMN = 4  # fewer rows a column overfit, refinement first
+HELD_OUT = 8  # one of so many images is held out where rows are few
 FEW_ROWS_PER_COLUMN = 2
 
 
@@ -93,83 +96,115 @@ class Walk:
     Attributes:
         models: The quantized copies, one a recipe.
         weights: Their quantized weights by module name.
-        reports: Their layers in execution order.
+        reports: What became of their layers, in execution order, then what was left in float.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        network: nn.Module,
+        plan: Plan,
         calibration: Calibration,
         recipes: Sequence[Recipe],
         on_layer: Callable[[str], None],
     ) -> None:
-        """Copy the model once a recipe; `on_layer` is called with the name of each solved layer."""
+        """Copy the network once a recipe; `on_layer` is called with the name of each layer that is done."""
+        self.plan = plan
         self.calibration = calibration
         self.recipes = recipes
         self.on_layer = on_layer
-        self.models = [copy.deepcopy(model).eval() for _ in recipes]
-        self._model = model
+        self.models = [copy.deepcopy(network) for _ in recipes]
+        self._network = network
         self._layers = [layers_of(model) for model in self.models]
         self.weights: list[dict[str, QuantizedWeight]] = [{} for _ in recipes]
         self.reports: list[list[LayerReport]] = [[] for _ in recipes]
-        self._repeated: set[str] = set()
+        self._left = dict(plan.left)
+        self._solved = 0
 
     @torch.no_grad()
     def run(self) -> None:
-        """Walk, and add the layers that were never reached to the reports."""
-        parts = self.calibration.parts()
-        forwards = Forwards(copy.deepcopy(self._model).eval(), parts, 1 + len(self.recipes))
-        layers = layers_of(self._model)
-        while (name := forwards.layer) is not None:
-            if name in self.weights[0]:
-                self._repeated.add(name)
-            else:
-                self._solve(name, layers[name], forwards.inputs)
-            forwards.resume([layers[name], *(layers[name] for layers in self._layers)])
-        for reports in self.reports:
-            for i, entry in enumerate(reports):
-                if entry.name in self._repeated:
-                    note = "called more than once: solved on its first call"
-                    reports[i] = replace(entry, note="; ".join(filter(None, [entry.note, note])))
-            reports += [left_in_float(name, layer) for name, layer in layers.items() if name not in self.weights[0]]
+        """Walk, and add what stays in float to the reports.
+
+        Raises:
+            UserError: If the images decide which layer comes next, activations aren't finite, or the quantized networks
+                compute something else than their streams did.
+        """
+        layers = layers_of(self._network)
+        repeated: set[str] = set()
+        forwards = Forwards(
+            share_tensors(self._network),
+            self.plan.samples,
+            self.calibration.parts(),
+            1 + len(self.recipes),
+            own_copies=self.plan.own_copies,
+            clone_images=self.plan.clone_images,
+        )
+        try:
+            while (name := forwards.layer) is not None:
+                if name in self.weights[0] or name in self._left:
+                    repeated.add(name)
+                elif name in self.plan.tied and self.plan.tied[name] in self.weights[0]:
+                    self._share(name, self.plan.tied[name])
+                elif self._images_first(name, forwards.inputs):
+                    self._solve(name, layers[name], forwards.inputs)
+                else:
+                    self._left[name] = NOT_IMAGES_FIRST
+                forwards.resume([layers[name], *(layers[name] for layers in self._layers)])
+            self._check_outputs(forwards.outputs[0])
+        finally:
+            forwards.close()
+        self._finish_reports(repeated)
+
+    def _images_first(self, name: str, parts: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether every stream of every part, in every process, gives a layer as many samples an image as the probe."""
+        samples, shape = self.plan.samples[name], parts[0][0].shape[1:]
+        expected = [(samples * len(images), *shape) for images in self.calibration.parts()]
+        found = all(inputs.shape == size for streams, size in zip(parts, expected, strict=True) for inputs in streams)
+        if not dist.is_initialized():
+            return found
+        flag = torch.tensor(int(found), device=parts[0][0].device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        return bool(flag)
 
     def _solve(self, name: str, layer: Layer, parts: Sequence[Sequence[Tensor]]) -> None:
+        """Solve a layer on what its streams are given, and put the results into the quantized copies."""
         start = time.perf_counter()
-        index = len(self.weights[0])
         patches = Patches(layer, disjoint=self.recipes[0].official)
-        grams = self._collect(name, patches, parts)
+        rows = self._choose_rows(name, patches, parts)
+        grams = rows.collect([SOLVERS[recipe.solver].needs_cross for recipe in self.recipes])
         gathering = time.perf_counter() - start
         weight = columns(layer.weight, patches.groups).double()
-        for i, (recipe, gram) in enumerate(zip(self.recipes, grams, strict=True)):
+        solutions, shares = [], []
+        for recipe, gram in zip(self.recipes, grams, strict=True):
             start = time.perf_counter()
             check_finite(name, gram)
             noise: Tensor | float = 0.5
             if recipe.stochastic:
-                noise = draw_uniform(self.calibration.seed, index, *weight.shape[1:]).to(weight.device)
-            solution = solve_by_shares(gram, weight, recipe, noise)
-            self._store(i, name, solution)
-            seconds = gathering + time.perf_counter() - start
-            self.reports[i].append(
-                report(name, recipe, gram, solution, self.weights[i][name], self._layers[i][name], seconds)
-            )
+                noise = draw_uniform(self.calibration.seed, self._solved, *weight.shape[1:]).to(weight.device)
+            solutions.append(solve_by_shares(gram, weight, recipe, noise))
+            shares.append(gathering + time.perf_counter() - start)
+        chosen = never_worse_than_rounding(rows, grams, weight, self.recipes, solutions)
+        for i, (recipe, solution, note) in enumerate(chosen):
+            self._store(i, name, recipe, solution)
+            entry = report(name, recipe, grams[i], solution, self.weights[i][name], self._layers[i][name], shares[i])
+            self.reports[i].append(noted(entry, note))
+        self._solved += 1
         self.on_layer(name)
 
-    def _collect(self, name: str, patches: Patches, parts: Sequence[Sequence[Tensor]]) -> list[Gram]:
-        """Draw the patches of a layer, and gather its Gram matrices."""
+    def _choose_rows(self, name: str, patches: Patches, parts: Sequence[Sequence[Tensor]]) -> Rows:
+        """Draw the patches that a layer is solved on, and the images that it is tried on."""
         calibration, recipe, inputs = self.calibration, self.recipes[0], parts[0][0]
-        samples = sum(len(part[0]) for part in parts)
-        if samples % len(calibration.images):
-            raise UserError(f"layer {name} is not given the images along its first dimension: it can't be calibrated")
-        per_image = samples // len(calibration.images)
-        first = calibration.first * per_image
+        per_image = self.plan.samples[name]
+        first, samples = calibration.first * per_image, len(calibration.images) * per_image
+        total = calibration.total * per_image
         positions = math.prod(patches.grid(inputs))
-        draws = self._draws(patches, positions, calibration.total * per_image)
+        draws = self._draws(patches, positions, total)
         numbers = torch.arange(first, first + samples)
-        index = len(self.weights[0])
         replacement = recipe.official and not isinstance(patches.layer, nn.Linear)
-        chosen = draw_positions(calibration.seed, index, numbers, draws, positions, replacement=replacement)
-        cross = [SOLVERS[recipe.solver].needs_cross for recipe in self.recipes]
-        return collect(patches, parts, chosen.to(inputs.device), first_sample=first, cross=cross)
+        chosen = draw_positions(calibration.seed, self._solved, numbers, draws, positions, replacement=replacement)
+        held_out = None
+        if recipe.may_fall_back and total * draws < ROWS_PER_COLUMN * patches.columns and calibration.total > 1:
+            held_out = is_held_out(numbers // per_image, calibration.total).to(inputs.device)
+        return Rows(patches, parts, chosen.to(inputs.device), first, held_out)
 
     def _draws(self, patches: Patches, positions: int, samples: int) -> int:
         """Return how many positions of each sample the layer is solved on."""
@@ -179,9 +214,9 @@ class Walk:
         wanted = max(recipe.patch_fraction * positions, ROWS_PER_COLUMN * patches.columns / samples)
         return min(positions, math.ceil(wanted))
 
-    def _store(self, i: int, name: str, solution: Solution) -> None:
-        """Put a solution into the quantized copy."""
-        recipe, layer = self.recipes[i], self._layers[i][name]
+    def _store(self, i: int, name: str, recipe: Recipe, solution: Solution) -> None:
+        """Put a solution into the quantized copy, in the type, the memory format and the state of the float weight."""
+        layer = self._layers[i][name]
         levels = solution.levels.mT.reshape(layer.weight.shape)
         scale = solution.scale.flatten()
         if recipe.scale == "layer" and not recipe.match_moments:
@@ -191,10 +226,96 @@ class Walk:
             alphabet.encode(levels).cpu(), alphabet.grid, scale.float().cpu(), recipe.codebook, recipe.bits
         )
         self.weights[i][name] = weight
-        layer.weight = nn.Parameter(weight.dequantize().to(layer.weight))
+        trained = layer.weight.requires_grad
+        values = torch.empty_like(layer.weight).copy_(weight.dequantize())
+        layer.weight = nn.Parameter(values, trained)
         if recipe.match_moments:
             shift = solution.bias_shift.flatten().to(layer.weight)
-            layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
+            if layer.bias is None:
+                layer.bias = nn.Parameter(shift, trained)
+            else:
+                layer.bias = nn.Parameter(layer.bias + shift, layer.bias.requires_grad)
+
+    def _share(self, name: str, first: str) -> None:
+        """Give a layer the quantized weight of the one that it shares its weight with."""
+        for weights, layers, reports in zip(self.weights, self._layers, self.reports, strict=True):
+            weights[name] = weights[first]
+            layers[name].weight = layers[first].weight
+            entry = next(report for report in reports if report.name == first)
+            bias = layers[name].bias
+            size = 0 if bias is None else bias.nbytes
+            shared = replace(entry, name=name, rows=0, relative_error=0.0, packed_bytes=size, seconds=0.0, note="")
+            reports.append(noted(shared, f"shares the weight of {first}, which was solved on that one's inputs"))
+        self.on_layer(name)
+
+    def _check_outputs(self, streams: Sequence[object]) -> None:
+        """Compare the quantized networks with their streams on the first image."""
+        image = self.calibration.images[:1]
+        for model, outputs in zip(self.models, streams[1:], strict=True):
+            found = tensors_in(model(image.clone()))
+            if not all(
+                holds_first(stream, alone, self.plan.tolerance)
+                for stream, alone in zip(tensors_in(outputs), found, strict=False)
+            ):
+                raise UserError(
+                    "the quantized network computes something else than its layers did one by one: a hook or a cache"
+                    " changes the weights of a layer; remove it, or quantize without that layer"
+                )
+
+    def _finish_reports(self, repeated: set[str]) -> None:
+        """Note layers that were called again, and add what stays in float."""
+        left = dict(self._left)
+        for name in self.plan.samples:
+            if name not in self.weights[0]:
+                left.setdefault(name, "never reached")
+        for model, reports in zip(self.models, self.reports, strict=True):
+            for i, entry in enumerate(reports):
+                if entry.name in repeated:
+                    reports[i] = noted(entry, "called more than once: solved on its first call")
+            reports += [left_in_float(model, name, reason) for name, reason in left.items()]
+
+
+def is_held_out(images: Tensor, total: int) -> Tensor:
+    """Tell which images a layer with few rows is tried on instead of solved: one in eight, or one if there are fewer.
+
+    Args:
+        images: int64 indices in the whole calibration set.
+        total: Size of the whole calibration set, at least 2.
+
+    Returns:
+        bool, in the shape of `images`.
+    """
+    return images % min(total, HELD_OUT) == min(total, HELD_OUT) - 1
+
+
+def never_worse_than_rounding(
+    rows: Rows, grams: Sequence[Gram], weight: Tensor, recipes: Sequence[Recipe], solutions: Sequence[Solution]
+) -> list[tuple[Recipe, Solution, str]]:
+    """Take plain rounding where a solution is worse.
+
+    They are compared on rows that the solver hasn't seen if it had few; if it had many, on those that it has. If it had
+    few and of one image alone, nothing can be known, and rounding is taken.
+
+    Returns:
+        The recipe that was followed, its solution, and a note for the report.
+    """
+    if not recipes[0].may_fall_back:
+        return [(recipe, solution, "") for recipe, solution in zip(recipes, solutions, strict=True)]
+    plain = [rounded(gram, weight, recipe.plain) for gram, recipe in zip(grams, recipes, strict=True)]
+    pairs = list(zip(solutions, plain, strict=True))
+    reason = "was worse on rows held out"
+    if rows.held_out is not None:
+        errors = rows.errors([[(one.levels * one.scale, one.bias_shift) for one in pair] for pair in pairs])
+    elif grams[0].rows < ROWS_PER_COLUMN * grams[0].A.shape[1]:
+        errors, reason = [[1.0, 0.0] for _ in pairs], "had few rows, all of one image"
+    else:
+        errors, reason = [[float(one.squared_error.sum()) for one in pair] for pair in pairs], "was worse"
+    return [
+        (recipe, solution, "")
+        if solved <= simple
+        else (recipe.plain, fallback, f"rounded, as {recipe.solver} {reason}")
+        for recipe, (solution, fallback), (solved, simple) in zip(recipes, pairs, errors, strict=True)
+    ]
 
 
 def check_finite(name: str, gram: Gram) -> None:
@@ -246,7 +367,14 @@ def report(
     )
 
 
-def left_in_float(name: str, layer: Layer) -> LayerReport:
-    """Describe a layer that the forward never called."""
-    size = sum(4 * parameter.numel() for parameter in layer.parameters())
-    return LayerReport(name, "", "", 0, 0, "", 0.0, 0.0, size, 0.0, "never reached: left in float")
+def noted(entry: LayerReport, note: str) -> LayerReport:
+    """Return a report with one more note."""
+    return replace(entry, note="; ".join(filter(None, [entry.note, note])))
+
+
+def left_in_float(model: nn.Module, name: str, reason: str) -> LayerReport:
+    """Describe a layer, or a parameter of another module, that stays as it was."""
+    layer = layers_of(model).get(name)
+    parameters = [model.get_parameter(name)] if layer is None else layer.parameters(recurse=False)
+    size = sum(parameter.nbytes for parameter in parameters)
+    return LayerReport(name, "", "", 0, 0, "", 0.0, 0.0, size, 0.0, f"{reason}: left in float")

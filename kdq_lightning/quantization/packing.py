@@ -23,6 +23,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
 from kdq_lightning.quantization.bitstream import pack_codes, packed_size, unpack_codes
 from kdq_lightning.quantization.codebooks import QuantizedWeight, grid
+from kdq_lightning.quantization.gram import weight_name
 
 _KEY = "kdq_packed"
 _VERSION = 1
@@ -66,8 +67,8 @@ def save_packed(
     """
     for name, weight in weights.items():
         _check_unchanged(name, model, weight)
-    own, aliases = _unique_state(model, first={f"{name}.weight" for name in weights})
-    weights = {name: weight for name, weight in weights.items() if own.pop(f"{name}.weight", None) is not None}
+    own, aliases = _unique_state(model, first={weight_name(name) for name in weights})
+    weights = {name: weight for name, weight in weights.items() if own.pop(weight_name(name), None) is not None}
     floats = {name: tensor for name, tensor in own.items() if tensor.dtype == torch.float32}
     scales = [weight.scale for weight in weights.values()]
     layout = {
@@ -175,7 +176,7 @@ def _check_unchanged(name: str, model: nn.Module, weight: QuantizedWeight) -> No
     """Refuse a weight that is no longer the quantized one, or whose levels its codebook doesn't have."""
     if not torch.equal(grid(weight.codebook, weight.bits), weight.grid.cpu()):
         raise UserError(f"the levels of layer {name} are not those of codebook {weight.codebook!r}: name its codebook")
-    current = model.get_parameter(f"{name}.weight")
+    current = model.get_parameter(weight_name(name))
     if not torch.equal(current, weight.dequantize().to(current)):
         raise UserError(f"the weight of layer {name} is not the one that was quantized: quantize the network again")
 
@@ -246,7 +247,7 @@ def _decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     layers, floats, aliases = _layout(tensors)
     values = {name: tensor for name, tensor in tensors.items() if not name.startswith(".")}
     weights, numbers = _split(tensors, layers)
-    values |= {f"{name}.weight": weight.dequantize() for name, weight in weights.items()}
+    values |= {weight_name(name): weight.dequantize() for name, weight in weights.items()}
     for name, shape in floats.items():
         value, numbers = numbers.tensor_split([torch.Size(shape).numel()])
         values[name] = value.view(shape)
@@ -284,12 +285,18 @@ def _mismatch(
     """Say why a file doesn't fit a network; empty if it does."""
     state = _state(model)
     stored = {**values, **{alias: values[name] for alias, name in aliases.items()}}
-    quantized = {f"{name}.weight" for name in layers}
+    quantized = {weight_name(name) for name in layers}
     quantized |= {alias for alias, name in aliases.items() if name in quantized}
 
     def is_gained_bias(name: str) -> bool:
-        weight = f"{name.removesuffix('.bias')}.weight"
-        return weight in quantized and weight in state and getattr(*_owner(model, name), model) is None
+        module, _, attribute = name.rpartition(".")
+        weight = weight_name(module)
+        return (
+            attribute == "bias"
+            and weight in quantized
+            and weight in state
+            and getattr(*_owner(model, name), model) is None
+        )
 
     missing = [name for name in state if name not in stored]
     unexpected = [name for name in stored if name not in state and not is_gained_bias(name)]

@@ -1,127 +1,396 @@
-"""What a network does with two images, before it is walked on: whether it can be, and how much memory that takes."""
+"""What a network does with two images, before it is walked on: which layers can be quantized, in how much memory.
 
-import copy
+A layer is quantized if it is called with images along its first dimension, computes the plain operation on its weight
+and bias, and nobody else uses that weight. Every other matrix stays in float, and the report says why.
+"""
+
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.quantization.forwards import PART_IMAGES
-from kdq_lightning.quantization.gram import layers_of
-from kdq_lightning.quantization.recipes import Recipe
-from kdq_lightning.quantization.solution import working_bytes
+from kdq_lightning.quantization.copies import is_lazy
+from kdq_lightning.quantization.forwards import Forwards, own_forward, share_tensors
+from kdq_lightning.quantization.gram import Layer, layers_of, weight_name
+from kdq_lightning.quantization.memory import Activations, Meter, tensors_in
+
+TOLERANCE = 1e-3  # of two ways to compute the same, as a part of the largest value; half precision has more
+NOT_PLAIN = "its forward is not the plain operation on its weight and bias"
+NOT_IMAGES_FIRST = "is not given the images along its first dimension"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a walk needs to know of a network.
+
+    Attributes:
+        samples: Of the layers to quantize, in the order of their first calls, how many samples an image makes in their
+            input.
+        tied: Of each layer to quantize that shares its weight with one called before: the name of that one.
+        left: Why every other parameter of two or more dimensions stays in float; layers by name, other parameters by
+            theirs.
+        activations: Memory that the float network's activations take.
+        own_copies: Whether each forward needs a copy of the network to itself.
+        clone_images: Whether the network changes its input.
+        tolerance: How far two ways to compute the same may lie apart, as a part of the largest value.
+    """
+
+    samples: dict[str, int]
+    tied: dict[str, str]
+    left: dict[str, str]
+    activations: Activations
+    own_copies: bool
+    clone_images: bool
+    tolerance: float
 
 
 @dataclass
-class Profile:
-    """Memory of one forward of the float network, in bytes an image.
+class _Run:
+    """One forward.
 
     Attributes:
-        image: The image itself.
-        peak: The most that lives at a time.
-        at_layer: What lives while each layer is solved, by name.
-        channels_last: Whether the network runs on activations in that format, in which patches are gathered faster.
+        outputs: The tensors in what the network returned.
+        inputs: What each layer was given at its first call, by name.
+        problems: Why a layer can't be quantized, "" if it can, by name.
     """
 
-    image: int
-    peak: float
-    at_layer: dict[str, float]
-    channels_last: bool
-
-    def walk_bytes(self, model: nn.Module, recipes: Sequence[Recipe], images: int) -> float:
-        """Return the memory that a walk over all these recipes at once takes at its peak."""
-        layers = layers_of(model)
-        stacked = images * (1 + len(recipes))
-        solving = (live * stacked + working_bytes(layers[name], recipes) for name, live in self.at_layer.items())
-        return images * self.image + PART_IMAGES * self.peak + max(solving)
+    outputs: list[Tensor] = field(default_factory=list)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
 
 
-def probe(model: nn.Module, images: Tensor) -> Profile:
-    """Run a copy of the network on the first two calibration images (or the only one, twice).
+def fit_images(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the images as the network can take them, and let lazy layers find their shapes.
+
+    That is as they are, in the faster memory format if the network runs on it; floats of another type than the
+    network's become of its type if it doesn't run on theirs.
+
+    Raises:
+        UserError: If the network doesn't run on them.
+    """
+    kinds = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
+    candidates: list[Callable[[Tensor], Tensor]] = [lambda images: images]
+    if images.is_floating_point() and len(kinds) == 1 and images.dtype not in kinds:
+        (own,) = kinds
+        candidates.append(lambda images: images.to(own))
+    errors = []
+    for convert in candidates:
+        formats = [torch.channels_last] if images.dim() == 4 and images.is_floating_point() else []
+        for memory_format in (*formats, torch.contiguous_format):
+            try:
+                network(convert(images[:2]).clone(memory_format=memory_format))
+            except Exception as error:  # a `view` that wants contiguous activations, another type
+                errors.append(error)
+            else:
+                return convert(images).contiguous(memory_format=memory_format)
+    if is_lazy(network):
+        raise UserError("the model is lazy and can't be initialised: run it on a batch first") from errors[-1]
+    reason = f"{type(errors[0]).__name__}: {str(errors[0]).strip().partition(chr(10))[0]}"
+    raise UserError(
+        f"the model doesn't run on the calibration images, {images.dtype} of shape {tuple(images.shape)} ({reason}):"
+        " give batches that its forward takes as its only argument"
+    ) from errors[0]
+
+
+def probe(network: nn.Module, images: Tensor) -> Plan:
+    """Run a network on two of the calibration images.
+
+    Args:
+        network: In eval mode, its weights plain parameters.
+        images: (images, ...), as `fit_images` returns them.
 
     Raises:
         UserError: If in eval mode the network changes its buffers, isn't deterministic, or mixes the images of a batch.
     """
-    pair = torch.cat([images, images])[:2]
-    if pair.dim() == 4:
-        try:
-            return _probe(model, pair.contiguous(memory_format=torch.channels_last), channels_last=True)
-        except RuntimeError:  # a `view` that wants contiguous activations
-            pass
-    return _probe(model, pair, channels_last=False)
-
-
-@torch.no_grad()
-def _probe(model: nn.Module, pair: Tensor, *, channels_last: bool) -> Profile:
-    network = copy.deepcopy(model).eval()
-    meter = _Meter()
-    for name, layer in layers_of(network).items():
-        layer.register_forward_pre_hook(partial(meter.note, name))
-    with meter:
-        both = _tensors(network(pair))
-    _check_buffers(model, network)
-    again, alone = _tensors(network(pair)), _tensors(network(pair[:1]))
-    if not all(map(_close, both, again)):
-        raise UserError("the model gives other outputs for the same images in eval mode: make it deterministic")
-    if not all(_close(whole[: len(part)], part) for whole, part in zip(both, alone, strict=True)):
-        raise UserError("the model mixes the images of a batch in eval mode: it can't be calibrated image by image")
-    image = pair[0].numel() * pair.element_size()
-    return Profile(image, meter.peak / 2, {name: live / 2 for name, live in meter.live_at.items()}, channels_last)
-
-
-def _tensors(outputs: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether two outputs agree but for the order of sums; those that aren't finite are left to the walk to place."""
-    size = float(b.abs().max()) if b.numel() else 0.0
-    return not math.isfinite(size) or torch.allclose(a, b, rtol=1e-3, atol=1e-3 * size)
-
-
-def _check_buffers(before: nn.Module, after: nn.Module) -> None:
-    for (name, old), new in zip(before.named_buffers(), after.buffers(), strict=True):
-        if not torch.equal(old, new):
+    pair = _two_images(images)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    given = pair.clone()
+    metered, activations, meter = _metered(network, given)
+    used_by, tolerance = meter.used_by, max(TOLERANCE, 4 * meter.resolution)
+    clone_images = not _same(given, pair)
+    for name, buffer in network.named_buffers():
+        if name not in before or not _same(buffer, before[name]):
             raise UserError(f"the model changes {name} in eval mode, so a walk would not see what inference sees")
+    together, first, second = (_observed(network, part.clone(), tolerance) for part in (pair, pair[:1], pair[1:]))
+    if not _all_close(metered, together.outputs, tolerance):
+        raise UserError("the model gives other outputs for the same images in eval mode: make it deterministic")
+    if not all(
+        holds_first(both, alone, tolerance) for both, alone in zip(together.outputs, first.outputs, strict=False)
+    ):
+        raise UserError("the model mixes the images of a batch in eval mode: it can't be calibrated image by image")
+    reasons = _layer_reasons(network, together, (first, second), used_by, tolerance)
+    samples = {name: len(first.inputs[name]) for name in together.inputs if not reasons[name]}
+    own_copies = bool(samples) and _keeps_state(network, list(samples), pair, (first, second), tolerance)
+    tied = _tied(network, samples)
+    left = _left_in_float(network, samples, reasons, used_by)
+    return Plan(samples, tied, left, activations, own_copies, clone_images, tolerance)
 
 
-class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the storage of all tensors that operations return, for as long as each lives."""
+def _two_images(images: Tensor) -> Tensor:
+    """Return the first image and one that differs from it, mirrored if there is no other."""
+    differs = (images != images[:1]).flatten(1).any(1) if images.dim() > 1 else images != images[0]
+    if bool(differs.any()):
+        other = int(differs.int().argmax())
+        return torch.cat([images[:1], images[other : other + 1]])
+    return torch.cat([images[:1], images[:1].flip(-1)])
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self.live_at: dict[str, int] = {}
-        self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        outputs = func(*args, **(kwargs or {}))
-        for tensor in _tensors(outputs):
-            storage = tensor.untyped_storage()
-            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            self._sizes[storage._cdata] = (reference, storage.nbytes())
-        self.peak = max(self.peak, self._live())
-        return outputs
+def _metered(network: nn.Module, pair: Tensor) -> tuple[list[Tensor], Activations, Meter]:
+    """Run once and return the outputs, the memory, and what was noted on the way."""
+    network = share_tensors(network)
+    meter = Meter(network)
+    at_layer: dict[str, float] = {}
 
-    def note(self, name: str, layer: nn.Module, args: tuple[Tensor]) -> None:
-        """Remember what lives when a layer is called."""
-        self.live_at.setdefault(name, self._live())
+    def call(name: str, layer: Layer, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        at_layer.setdefault(name, meter.live() / len(pair))
+        meter.inside.append(name)
+        try:
+            return own_forward(layer, *args, **kwargs)
+        finally:
+            meter.inside.pop()
 
-    def _live(self) -> int:
-        gone = [key for key, (reference, _) in self._sizes.items() if reference.expired()]  # type: ignore[no-untyped-call]
-        for key in gone:
-            del self._sizes[key]
-        return sum(size for _, size in self._sizes.values())
+    _intercept(network, call)
+    with meter:
+        outputs = tensors_in(network(pair))
+    image = pair[0].numel() * pair.element_size()
+    return outputs, Activations(image, meter.peak / len(pair), at_layer), meter
+
+
+def _observed(network: nn.Module, images: Tensor, tolerance: float) -> _Run:
+    """Run once and look at what each layer is given at its first call."""
+    weights = {name: layer.weight for name, layer in layers_of(network).items()}
+    network = share_tensors(network)
+    run = _Run()
+    inside: list[str] = []
+
+    def call(name: str, layer: Layer, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if name not in run.problems:
+            inputs = kwargs["input"] if not args and kwargs.keys() == {"input"} else args[0] if args else None
+            run.problems[name] = (
+                f"is called by layer {inside[-1]}"
+                if inside
+                else _problem(layer, inputs, len(args) + len(kwargs), weights[name], tolerance)
+            )
+            if isinstance(inputs, Tensor) and not run.problems[name]:
+                run.inputs[name] = inputs.clone()
+        inside.append(name)
+        try:
+            return own_forward(layer, *args, **kwargs)
+        finally:
+            inside.pop()
+
+    _intercept(network, call)
+    run.outputs = tensors_in(network(images))
+    return run
+
+
+def _intercept(network: nn.Module, call: Callable[..., Tensor]) -> None:
+    """Let `call` stand in for the forward of each layer, unless somebody else's function does already."""
+    for name, layer in layers_of(network).items():
+        if "forward" not in layer.__dict__:
+            layer.forward = partial(call, name, layer)  # type: ignore[method-assign]
+
+
+def _problem(layer: Layer, inputs: object, arguments: int, weight: Tensor, tolerance: float) -> str:
+    """Return why a layer that is called so can't be quantized; "" if nothing is known against it."""
+    if arguments != 1:
+        return "is called with more than its input"
+    if not isinstance(inputs, Tensor) or type(inputs) not in (Tensor, nn.Parameter) or inputs.is_nested:
+        return "is not given a plain tensor"
+    if torch._C._functorch.is_functorch_wrapped_tensor(inputs):
+        return "is called inside torch.func, which hides the images"
+    if layer.weight is not weight:
+        return "its weight is replaced during the forward"
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return f"its weight is not a plain parameter of real numbers ({type(weight).__name__}, {weight.dtype})"
+    if inputs.dim() < 2 or (not isinstance(layer, nn.Linear) and inputs.dim() != layer.weight.dim()):
+        return NOT_IMAGES_FIRST
+    return "" if _is_plain(layer, inputs, tolerance) else NOT_PLAIN
+
+
+def _is_plain(layer: Layer, inputs: Tensor, tolerance: float) -> bool:
+    """Whether a subclass computes what its base does, on any weight, bias and input: tried on random ones."""
+    if type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d):
+        return True
+    other = share_tensors(layer)
+    other.__dict__.pop("forward", None)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(shape: Sequence[int], like: Tensor) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(like)
+
+    assert isinstance(other, Layer)
+    other.weight = nn.Parameter(random(layer.weight.shape, layer.weight) / math.sqrt(layer.weight[0].numel()))
+    other.bias = nn.Parameter(random(layer.weight.shape[:1], layer.weight))
+    strange = inputs * 2 + random(inputs.shape, inputs) * inputs.std(correction=0)
+    try:
+        return all(_close(own_forward(other, given), _plain(other, given), tolerance) for given in (inputs, strange))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def _plain(layer: Layer, inputs: Tensor) -> Tensor:
+    """Return the plain operation of a layer on its weight and bias."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(inputs, layer.weight, layer.bias)
+    kind: Any = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
+    outputs: Tensor = kind._conv_forward(layer, inputs, layer.weight, layer.bias)
+    return outputs
+
+
+def _layer_reasons(
+    network: nn.Module, together: _Run, runs: Sequence[_Run], used_by: Mapping[str, set[str]], tolerance: float
+) -> dict[str, str]:
+    """Return why each layer stays in float, "" for one that is quantized, by name."""
+    layers = layers_of(network)
+    reasons = {}
+    for name, layer in layers.items():
+        owners = {other for other, candidate in layers.items() if candidate.weight is layer.weight}
+        users = set().union(*(used_by.get(weight_name(owner), set()) for owner in owners)) - owners
+        called = any(name in run.problems for run in (together, *runs))
+        if "forward" in layer.__dict__:
+            reasons[name] = "its forward was replaced on the instance"
+        elif not called:
+            reasons[name] = "its weight is used outside the layer's own forward" if users else "never reached"
+        elif not all(name in run.problems for run in (together, *runs)):
+            reasons[name] = "the images decide whether it is called"
+        elif together.problems[name]:
+            reasons[name] = together.problems[name]
+        elif users or weight_name(name) not in used_by:
+            reasons[name] = "its weight is used elsewhere, too" if users else NOT_PLAIN
+        else:
+            reasons[name] = (
+                "" if _images_first(together.inputs[name], runs[0].inputs.get(name), tolerance) else NOT_IMAGES_FIRST
+            )
+    for name, layer in layers.items():  # of layers that share a weight all are quantized, or none
+        for other, candidate in layers.items():
+            if not reasons[name] and candidate.weight is layer.weight and other in together.problems and reasons[other]:
+                reasons[name] = f"shares its weight with {other}, which stays in float"
+    return reasons
+
+
+def _images_first(both: Tensor, alone: Tensor | None, tolerance: float) -> bool:
+    """Whether the first half of what two images give a layer is what the first image gives it alone."""
+    if alone is None or not len(alone) or both.shape != (2 * len(alone), *alone.shape[1:]):
+        return False
+    return _close(both[: len(alone)], alone, tolerance)
+
+
+def _tied(network: nn.Module, samples: Mapping[str, int]) -> dict[str, str]:
+    """Return the layers that share their weight with one that comes before, and the name of that one."""
+    layers = layers_of(network)
+    firsts: dict[int, str] = {}
+    tied = {}
+    for name in samples:
+        first = firsts.setdefault(id(layers[name].weight), name)
+        if first != name:
+            tied[name] = first
+    return tied
+
+
+def _left_in_float(
+    network: nn.Module, samples: Mapping[str, int], reasons: Mapping[str, str], used_by: Mapping[str, set[str]]
+) -> dict[str, str]:
+    """Return why each parameter of two or more dimensions that isn't quantized stays in float."""
+    layers = layers_of(network)
+    quantized = {id(layers[name].weight) for name in samples}
+    left = {}
+    for name, parameter in network.named_parameters():
+        module, _, attribute = name.rpartition(".")
+        if parameter.dim() < 2 or id(parameter) in quantized:
+            continue
+        if attribute == "weight" and module in layers:
+            left[module] = reasons[module]
+        elif name not in used_by:
+            left[name] = "never reached"
+        else:
+            owner = type(network.get_submodule(module)).__name__
+            left[name] = f"{attribute} of {owner} is not the weight of a Conv1d, Conv2d or Linear layer"
+    return left
+
+
+def _keeps_state(network: nn.Module, names: list[str], pair: Tensor, runs: Sequence[_Run], tolerance: float) -> bool:
+    """Rehearse the walk with the float network: whether forwards that take turns need a copy of the network each.
+
+    Raises:
+        UserError: If even then they compute something else than one by one.
+    """
+    for own_copies in (False, True):
+        try:
+            if _rehearse(network, names, pair, runs, own_copies, tolerance):
+                return own_copies
+        except Exception:  # another forward's state was in the way
+            if own_copies:
+                raise
+    raise UserError(
+        "the model keeps something outside its modules between two layers, so its forwards can't take turns:"
+        " keep it in the module, or in local variables"
+    )
+
+
+def _rehearse(
+    network: nn.Module, names: list[str], pair: Tensor, runs: Sequence[_Run], own_copies: bool, tolerance: float
+) -> bool:
+    """Walk with the float layers, and compare with the forwards one by one."""
+    layers = layers_of(network)
+    parts = [pair[:1].clone(), pair[1:].clone()]
+    forwards = Forwards(share_tensors(network), names, parts, 1, own_copies=own_copies)
+    seen: set[str] = set()
+    try:
+        while (name := forwards.layer) is not None:
+            if name not in seen:
+                seen.add(name)
+                for (inputs,), run in zip(forwards.inputs, runs, strict=True):
+                    if name not in run.inputs or not _close(inputs, run.inputs[name], tolerance):
+                        return False
+            forwards.resume([layers[name]])
+        return all(
+            _all_close(tensors_in(outputs), run.outputs, tolerance)
+            for outputs, run in zip(forwards.outputs, runs, strict=True)
+        )
+    finally:
+        forwards.close()
+
+
+def _all_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
+    return len(found) == len(expected) and all(_close(a, b, tolerance) for a, b in zip(found, expected, strict=True))
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether two tensors agree but for the order of sums; those that aren't finite are left to the walk to place."""
+    if a.shape != b.shape:
+        return False
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    a, b = a.double(), b.double()
+    size = float(b.abs().max()) if b.numel() else 0.0
+    return not math.isfinite(size) or torch.allclose(a, b, rtol=tolerance, atol=tolerance * size)
+
+
+def holds_first(batch: Tensor, alone: Tensor, tolerance: float) -> bool:
+    """Whether what a batch gives holds what its first image gives alone, along the one dimension that they differ in.
+
+    A tensor without such a dimension, such as a scalar, says nothing of single images.
+    """
+    longer = [dim for dim in range(alone.dim()) if batch.shape[dim : dim + 1] != alone.shape[dim : dim + 1]]
+    if batch.dim() != alone.dim() or len(longer) != 1 or alone.shape[longer[0]] == 0:
+        return True
+    (dim,) = longer
+    count, rest = divmod(batch.shape[dim], alone.shape[dim])
+    if rest or not count:
+        return True
+    every = torch.arange(0, batch.shape[dim], count, device=batch.device)  # images last, as (tokens · images)
+    return _close(batch.narrow(dim, 0, alone.shape[dim]), alone, tolerance) or _close(
+        batch.index_select(dim, every), alone, tolerance
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, NaN counting as equal to NaN."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())

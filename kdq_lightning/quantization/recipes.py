@@ -22,6 +22,8 @@ class Recipe:
         refine: Rounds of coordinate descent.
         match_moments: Give each output channel the float network's mean and deviation.
         patch_fraction: Least fraction of its patches that a layer is solved on.
+        ridge: c of λ = c · mean(diag A) · min(1, N / rows), which draws the weights of a layer with few rows to the
+            float ones; see `Gram.with_ridge`.
         stochastic: Round to floor or ceiling with probability by distance.
         official: Follow the published code in patches and dead columns, too.
     """
@@ -33,8 +35,19 @@ class Recipe:
     refine: int = 6
     match_moments: bool = True
     patch_fraction: float = 0.4
+    ridge: float = 0.5
     stochastic: bool = False
     official: bool = False
+
+    @property
+    def may_fall_back(self) -> bool:
+        """Whether plain rounding takes the place of a solution that is worse on rows that it hasn't seen."""
+        return not self.official and not self.stochastic and self != self.plain
+
+    @property
+    def plain(self) -> "Recipe":
+        """The same codebook and granularity with nothing but rounding."""
+        return replace(self, solver="rounding", refine=0, match_moments=False)
 
     @property
     def alphabet(self) -> Alphabet:
@@ -80,5 +93,6 @@ def official_recipe(bits: int) -> Recipe:
         refine=0,
         match_moments=False,
         patch_fraction=0.25,
+        ridge=0.0,
         official=True,
     )

@@ -18,6 +18,7 @@ from kdq_lightning.quantization.solvers import SOLVERS
 
 BLOCK = 64  # columns whose feedback is applied at once
 OFFICIAL_RANGE = 1.16  # C of the published code: the levels reach to C times the mean over rows of max|w|
+FLAT = 1e-5  # a variance below this part of its second moment may be float32's rounding alone
 SCALE_FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
 
 
@@ -49,11 +50,12 @@ def solve(gram: Gram, weight: Tensor, recipe: Recipe, *, noise: Tensor | float =
     """
     weight = weight.double()
     candidates = candidate_scales(weight, recipe)
-    targets, feedback = SOLVERS[recipe.solver].recursion(gram, weight)
+    ridged = gram.with_ridge(weight, recipe.ridge)
+    targets, feedback = SOLVERS[recipe.solver].recursion(ridged, weight)
     if recipe.official:  # a dead column gives zero
         targets = targets.masked_fill(gram.A.diagonal(dim1=1, dim2=2).unsqueeze(2) == 0, 0.0)
-    levels, scale = _best(gram, targets, feedback, candidates, recipe, noise)
-    levels, scale = coordinate_descent(gram, levels, scale, recipe)
+    levels, scale = _best(ridged, targets, feedback, candidates, recipe, noise)
+    levels, scale = coordinate_descent(ridged, levels, scale, recipe)
     shift = torch.zeros_like(scale)
     if recipe.match_moments:
         scale, shift = match_moments(gram, levels, scale)
@@ -121,7 +123,8 @@ def coordinate_descent(gram: Gram, levels: Tensor, scale: Tensor, recipe: Recipe
 def match_moments(gram: Gram, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Give each output channel the float network's mean and deviation over the rows gathered.
 
-    With y = Xw + b and ŷ = X̃q + b: s <- s·σ_y/σ_ŷ, b <- μ_y - (σ_y/σ_ŷ)(μ_ŷ - b). The ratio is 1 if σ_ŷ = 0.
+    With y = Xw + b and ŷ = X̃q + b: s <- s·σ_y/σ_ŷ, b <- μ_y - (σ_y/σ_ŷ)(μ_ŷ - b). The ratio is 1 if there are fewer
+    than two rows, or if either variance is so small a part of its second moment that it may be noise.
 
     Returns:
         The scale and what the bias gains, (groups, 1, neurons) each.
@@ -131,17 +134,28 @@ def match_moments(gram: Gram, levels: Tensor, scale: Tensor) -> tuple[Tensor, Te
     q_mean = gram.x_sum @ weight / gram.rows
     y_variance = gram.y_square / gram.rows - y_mean.square()
     q_variance = (weight * (gram.A @ weight)).sum(1, keepdim=True) / gram.rows - q_mean.square()
-    # Below float32's resolution of the second moment a variance is only the rounding of its terms.
-    flat = q_variance <= 1e-7 * q_mean.square()
-    ratio = torch.where(flat, 1.0, (y_variance.clamp(min=0) / torch.where(flat, 1.0, q_variance)).sqrt())
+    flat = y_variance <= FLAT * gram.y_square / gram.rows
+    flat |= q_variance <= FLAT * (q_variance + q_mean.square())
+    if gram.rows < 2:
+        flat = torch.ones_like(flat)
+    ratio = torch.where(flat, 1.0, y_variance / torch.where(flat, 1.0, q_variance)).clamp(min=0).sqrt()
     return scale * ratio, y_mean - ratio * q_mean
+
+
+def rounded(gram: Gram, weight: Tensor, recipe: Recipe) -> Solution:
+    """Round each weight to the nearest level at the scale of least weight error: what no solver may be worse than."""
+    weight = weight.double()
+    scale = plain_scales(weight, recipe)
+    scale = torch.where(scale > 0, scale, 1.0).float().double()  # what the file holds
+    levels = recipe.alphabet.round(weight / scale)
+    return Solution(levels, scale, torch.zeros_like(scale), gram.error(levels * scale).clamp(min=0))
 
 
 def working_bytes(layer: Layer, recipes: Sequence[Recipe]) -> int:
     """Return the memory that the Gram matrices of one layer and its solver take at most, all recipes together."""
     neurons, size = len(layer.weight), layer.weight[0].numel()
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-    matrices = sum(1 + SOLVERS[recipe.solver].needs_cross for recipe in recipes) + 4
+    matrices = sum(1 + SOLVERS[recipe.solver].needs_cross for recipe in recipes) + 6
     candidates = 2 * len(SCALE_FACTORS)
     return 8 * size * (matrices * groups * size + 3 * candidates * neurons)
 
@@ -153,17 +167,22 @@ def candidate_scales(weight: Tensor, recipe: Recipe) -> Tensor:
     between 0.1 and 1.1 of max|w| over the largest level is multiplied by `SCALE_FACTORS`. A codebook whose scale may be
     negative tries both signs.
     """
-    codebook = CODEBOOKS[recipe.codebook]
-    top = weight.abs().amax(1, keepdim=True)
-    if recipe.scale == "layer":
-        half = 2 ** (recipe.bits - 1)
-        scales = (OFFICIAL_RANGE * codebook.range_factor / half * top.mean()).expand(1, *top.shape)
-    else:
-        factors = torch.tensor(SCALE_FACTORS, dtype=top.dtype, device=top.device).view(-1, 1, 1, 1)
-        scales = least_weight_error(weight, top, recipe.alphabet) * factors
+    scales = plain_scales(weight, recipe).unsqueeze(0)
+    if recipe.scale == "channel":
+        scales = scales * torch.tensor(SCALE_FACTORS, dtype=scales.dtype, device=scales.device).view(-1, 1, 1, 1)
     scales = torch.where(scales > 0, scales, 1.0)  # a channel of zeros
     scales = scales.float().double()  # what the file holds
-    return torch.cat([scales, -scales]) if codebook.signed_scale else scales
+    return torch.cat([scales, -scales]) if CODEBOOKS[recipe.codebook].signed_scale else scales
+
+
+def plain_scales(weight: Tensor, recipe: Recipe) -> Tensor:
+    """Return the scales that the weights alone suggest, (groups, 1, neurons), the same everywhere for one a layer."""
+    top = weight.abs().amax(1, keepdim=True)
+    if recipe.scale == "channel":
+        return least_weight_error(weight, top, recipe.alphabet)
+    factor = OFFICIAL_RANGE * CODEBOOKS[recipe.codebook].range_factor / 2 ** (recipe.bits - 1)
+    scale: Tensor = factor * top.mean()
+    return scale.expand_as(top)
 
 
 def least_weight_error(weight: Tensor, top: Tensor, alphabet: Alphabet) -> Tensor:
