@@ -57,6 +57,7 @@ def write_run(
                 "network": network,
                 "peer": peer,
                 "seed": seed,
+                "method": "" if bits == 32 else "default",
                 "solver": "" if bits == 32 else "gpfq",
                 "codebook": "" if bits == 32 else "int",
                 "bits": bits,

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import kdq_lightning.quantization.packing
 import kdq_lightning.runs.records
+import kdq_lightning.runs.tables
 from kdq_lightning.cli import main
 from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule
 from kdq_lightning.errors import UserError
@@ -205,6 +206,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, write: int) -> None:
         real(path, content)
 
     monkeypatch.setattr(kdq_lightning.runs.records, "write_atomically", counted)
+    monkeypatch.setattr(kdq_lightning.runs.tables, "write_atomically", counted)
     monkeypatch.setattr(kdq_lightning.quantization.packing, "write_atomically", counted)
 
 
@@ -295,7 +297,7 @@ def test_terminated(run: Path, monkeypatch: pytest.MonkeyPatch):
         if path.name == "quantized.csv":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(kdq_lightning.runs.records, "write_atomically", terminate)
+    monkeypatch.setattr(kdq_lightning.runs.tables, "write_atomically", terminate)
     with pytest.raises(SystemExit) as stop:
         main(["fit", *QUICK, "--ckpt_path=last"])
     assert stop.value.code == 143

@@ -14,33 +14,42 @@ import yaml
 import kdq_lightning
 from kdq_lightning.cli import main
 from kdq_lightning.errors import UserError
+from kdq_lightning.runs.checkpoints import find_packed
 from kdq_lightning.runs.config_hash import config_hash
 from kdq_lightning.runs.records import (
     HEADER,
+    LayerRecord,
     Record,
     find_records,
+    identity,
+    packed_path,
     read_correct,
+    read_layers,
     read_records,
     write_correct,
+    write_layers,
     write_records,
 )
+from kdq_lightning.runs.result_folder import ResultFolder
+from kdq_lightning.runs.versions import mark_finished
 from tests.conftest import config
 
 INTERFACE = (
-    "run,dataset,strategy,network,peer,seed,solver,codebook,bits,levels,packed_bytes,val_top1,val_top5,test_top1,"
+    "run,dataset,strategy,network,peer,seed,method,solver,codebook,bits,levels,packed_bytes,val_top1,val_top5,test_top1,"
     "test_top5,agreement_float,agreement_teacher,flips,nll,ece,relative_error,seconds,epochs,partial,config_hash,version"
 )
 
 RECORD = Record(
-    run="dml_cpu", dataset="cifar10", strategy="dml", network="resnet20", peer="peer0", seed=3, solver="lsq",
-    codebook="midrise", bits=2, levels=4, packed_bytes=84123, val_top1=90.02, val_top5=99.5, test_top1=89.57,
-    test_top5=99.41, agreement_float=93.1, agreement_teacher=None, flips=4.2, nll=0.4567, ece=5.25,
+    run="dml_cpu", dataset="cifar10", strategy="dml", network="resnet20", peer="peer0", seed=3, method="default",
+    solver="lsq", codebook="midrise", bits=2, levels=4, packed_bytes=84123, val_top1=90.02, val_top5=99.5,
+    test_top1=89.57, test_top5=99.41, agreement_float=93.1, agreement_teacher=None, flips=4.2, nll=0.4567, ece=5.25,
     relative_error=0.213, seconds=1.5, epochs=15, partial=False, config_hash="0123456789ab", version="0.1.0",
 )  # fmt: skip
 FLOAT = replace(
     RECORD,
     bits=32,
     levels=None,
+    method="",
     solver="",
     codebook="",
     relative_error=None,
@@ -90,7 +99,7 @@ def test_damaged_files(tmp_path: Path):
     whole = table.read_text()
     for broken in (
         "",
-        whole.replace("val_top1", "accuracy"),
+        whole.replace("config_hash", "hash"),
         whole.replace("89.57", "high"),
         whole.replace(",0.1.0", ""),
         whole.replace("False", "no"),
@@ -106,6 +115,137 @@ def test_damaged_files(tmp_path: Path):
     vectors.write_bytes(vectors.read_bytes()[:-3])
     with pytest.raises(UserError, match=r"correct\.safetensors"):
         read_correct(tmp_path)
+
+
+GPFQ = replace(RECORD, method="gpfq", codebook="paper")
+MIXED = replace(RECORD, method="mixed", codebook="hard+midrise", bits=3.47, budget=100_000, packed_bytes=99_871)
+
+
+def test_identity_of_a_row():
+    """Rows, layers, vectors and files of one network, two bit widths and three methods are never taken for another."""
+    rows = [RECORD, replace(RECORD, bits=3), GPFQ, MIXED, replace(MIXED, budget=200_000), FLOAT]
+    found = [identity(row) for row in rows]
+    assert found == [
+        ("peer0", "default", 2),
+        ("peer0", "default", 3),
+        ("peer0", "gpfq", 2),
+        ("peer0", "mixed", 100_000),
+        ("peer0", "mixed", 200_000),
+        ("peer0", "", 32),
+    ]
+    assert [row.correct_key("test") for row in rows] == [
+        "peer0/test/2",
+        "peer0/test/3",
+        "peer0/test/gpfq/2",
+        "peer0/test/mixed/100000",
+        "peer0/test/mixed/200000",
+        "peer0/test/32",
+    ]
+    names = [packed_path(Path("v"), row).as_posix() for row in (RECORD, GPFQ, MIXED)]
+    assert names == [
+        "v/packed/peer0-midrise-2bit.safetensors",
+        "v/packed/peer0-gpfq-paper-2bit.safetensors",
+        "v/packed/peer0-mixed-100000B.safetensors",
+    ]
+    layer = LayerRecord("conv1", "lsq", "midrise", 4, 9, "layer", 0.1, 0.0, 50, 0.2, "", "peer0", "gpfq", 2)
+    assert identity(layer) == identity(GPFQ) and identity(replace(RECORD, peer="")).name == "resnet20"
+
+
+def test_rows_of_all_methods(tmp_path: Path):
+    """They come back as they were; the budget has a column only where there is one."""
+    write_records(tmp_path, [RECORD, GPFQ])
+    assert (tmp_path / "quantized.csv").read_text().splitlines()[0] == INTERFACE
+    write_records(tmp_path, [RECORD, GPFQ, MIXED, FLOAT])
+    assert (tmp_path / "quantized.csv").read_text().splitlines()[0] == INTERFACE + ",budget"
+    assert read_records(tmp_path) == [RECORD, GPFQ, MIXED, FLOAT]
+    assert [type(record.bits) for record in read_records(tmp_path)] == [int, int, float, int]
+
+
+def change_columns(path: Path, drop: tuple[str, ...] = (), **more: str) -> None:
+    """Write a table anew, in another order, without some columns and with others."""
+    with path.open(newline="") as file:
+        rows = [{key: row[key] for key in reversed(row) if key not in drop} | more for row in csv.DictReader(file)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_records_of_other_releases(tmp_path: Path):
+    """Columns are found by name: a missing one is None, an unknown one is kept and written again."""
+    write_records(tmp_path, [RECORD, FLOAT])
+    change_columns(tmp_path / "quantized.csv", ("method", "flips", "nll"), joules="12", colour="red")
+    found = read_records(tmp_path)
+    unknown = {"joules": "12", "colour": "red"}
+    assert found == [replace(record, flips=None, nll=None, unknown=unknown) for record in (RECORD, FLOAT)]
+    assert [record.method for record in found] == ["default", ""]
+    write_records(tmp_path, [*found, GPFQ])
+    with (tmp_path / "quantized.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["joules"] for row in rows] == ["12", "12", ""] and rows[2]["flips"] == "4.2"
+    change_columns(tmp_path / "quantized.csv", ("network", "seed"))
+    with pytest.raises(UserError, match=r"quantized\.csv has no column network, seed"):
+        read_records(tmp_path)
+
+
+def test_layers_of_other_releases(tmp_path: Path):
+    layer = LayerRecord("conv1", "lsq", "midrise", 4, 9, "layer", 0.1, 0.0, 50, 0.2, "", "peer0", "default", 2)
+    write_layers(tmp_path, [layer])
+    change_columns(tmp_path / "layers.csv", ("method",), norm="3")
+    assert read_layers(tmp_path) == [replace(layer, unknown={"norm": "3"})]
+
+
+def test_methods_grow_side_by_side(tmp_path: Path):
+    """A method's row neither replaces another's nor stands for it, and old rows are those of the default."""
+    right = {"test": torch.ones(9, dtype=torch.bool)}
+    layer = LayerRecord("conv1", "lsq", "midrise", 4, 9, "layer", 0.1, 0.0, 50, 0.2, "", "peer0", "default", 2)
+    write_records(tmp_path, [RECORD])
+    write_layers(tmp_path, [layer])
+    write_correct(tmp_path, {"peer0/test/2": right["test"]})
+    for record in (RECORD, GPFQ):
+        path = packed_path(tmp_path, record)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    for name, drop in (("quantized.csv", ("method",)), ("layers.csv", ("method",))):
+        change_columns(tmp_path / name, drop)
+    results = ResultFolder(tmp_path, RECORD.config_hash)
+    assert results.missing("peer0", [2, 3]) == [3] and results.missing("peer0", [2, 3], "gpfq") == [2, 3]
+    results.add(GPFQ, {"test": ~right["test"]}, [replace(layer, method="gpfq")])
+    results.add(FLOAT, right)
+    again = ResultFolder(tmp_path, RECORD.config_hash)
+    assert again.records == results.records == [RECORD, GPFQ, FLOAT] and len(again.layers) == 2
+    assert again.missing("peer0", [2, 32]) == again.missing("peer0", [2], "gpfq") == []
+    assert again.correct["peer0/test/2"].all() and not again.correct["peer0/test/gpfq/2"].any()
+    packed_path(tmp_path, GPFQ).unlink()
+    assert again.missing("peer0", [2]) == [] and again.missing("peer0", [2], "gpfq") == [2]
+
+
+def test_committed_records_are_of_the_default_method():
+    """Every record in results/ is read whole: its float rows have no method, no column is unknown."""
+    found = find_records(Path(__file__).resolve().parents[1] / "results")
+    assert sum(map(len, found.values())) > 100
+    for folder, records in found.items():
+        assert all(record.method == ("" if record.bits == 32 else "default") for record in records)
+        assert not any(record.unknown for record in records)
+        layers = {identity(layer) for layer in read_layers(folder)}
+        assert layers <= {identity(record) for record in records}
+        assert {record.correct_key("test") for record in records} <= read_correct(folder).keys()
+
+
+def test_a_file_is_found_by_bits_and_method(tmp_path: Path):
+    version = tmp_path / "version_0"
+    for record in (GPFQ, RECORD, MIXED):
+        packed_path(version, record).parent.mkdir(parents=True, exist_ok=True)
+        packed_path(version, record).touch()
+    write_records(version, [GPFQ, RECORD, MIXED])
+    with pytest.raises(UserError, match="no finished version"):
+        find_packed(tmp_path, 2)
+    mark_finished(version)
+    assert find_packed(tmp_path, 2) == packed_path(version, RECORD)
+    assert find_packed(tmp_path, 2, "gpfq") == packed_path(version, GPFQ)
+    assert find_packed(version, 100_000, "mixed") == packed_path(version, MIXED)
+    with pytest.raises(UserError, match="a packed file of 3 bits made by gpfq"):
+        find_packed(tmp_path, 3, "gpfq")
 
 
 def test_find_records(tmp_path: Path):

@@ -23,6 +23,7 @@ from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.packing import load_packed, read_metadata, read_weights
 from kdq_lightning.runs.checkpoints import find_packed
+from kdq_lightning.runs.identity import DEFAULT_METHOD
 
 
 class Recover(Distillation):
@@ -39,6 +40,7 @@ class Recover(Distillation):
         self,
         packed: str,
         bits: int | None = None,
+        method: str | None = None,
         temperature: float = 4.0,
         learning_rate: float = 0.002,
         strategy: Strategy = "recover",
@@ -48,7 +50,9 @@ class Recover(Distillation):
 
         Args:
             packed: A packed file, or a run folder, whose newest finished version has one at `bits`.
-            bits: Bit width, if `packed` is a run folder; of several peers, the first one's file is taken.
+            bits: Bit width, if `packed` is a run folder; of several peers, the first one's file is taken. Of a file of
+                mixed bits its budget in bytes.
+            method: Method that made the file, if `packed` is a run folder; `default` if not given.
             temperature: τ > 0 that softens both networks; `.inf` for logit matching.
             learning_rate: Peak of the schedule, taken as it is, for the batch size of the config.
             strategy: What records call this run.
@@ -56,7 +60,7 @@ class Recover(Distillation):
         """
         super().__init__(strategy=strategy, learning_rate=learning_rate, **kwargs)
         check_range("temperature", temperature, low=0)
-        self.packed, self.bits, self.temperature = packed, bits, temperature
+        self.packed, self.bits, self.method, self.temperature = packed, bits, method or DEFAULT_METHOD, temperature
         self.gains = nn.ParameterList()
         self._weights: dict[str, QuantizedWeight] = {}  # as they were packed
         self._digest = ""  # of the packed file
@@ -70,7 +74,7 @@ class Recover(Distillation):
     def setup(self, stage: str) -> None:
         """Load the packed network; only training can't do without its file."""
         if not self._weights and (stage == "fit" or Path(self.packed).exists()):
-            self._load_packed(find_packed(self.packed, self.bits))
+            self._load_packed(find_packed(self.packed, self.bits, self.method))
         super().setup(stage)
 
     def _load_packed(self, path: Path) -> None:

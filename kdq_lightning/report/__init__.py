@@ -9,7 +9,7 @@ The files in the order in which the data pass through them:
                       (answer.py and claims.py write sentences, tables.py and figures.py show numbers)
 
 A number in a table comes from `Cell.summaries` (means and deviations of the records) or from `Findings` (differences
-and p-values); the functions of tables.py are named after the tables. How it is shown is decided in measures.py
+and p-values); the functions of tables.py are named after the tables. How it is shown is decided in runs/records.py
 (captions, decimals), formatting.py (numbers in text), table_formats.py (Markdown, LaTeX, CSV) and
 `kdq_lightning.strategies` (titles, colours). published.py holds the values of the published study.
 """

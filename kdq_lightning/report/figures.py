@@ -13,9 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from kdq_lightning.report.file_choice import pareto_front
 from kdq_lightning.report.findings import Findings
 from kdq_lightning.report.formatting import format_bytes
-from kdq_lightning.report.measures import MEASURES
 from kdq_lightning.report.rows import Cell, Row
-from kdq_lightning.runs.records import FLOAT_BITS, Record
+from kdq_lightning.runs.records import FLOAT_BITS, MEASURES, Record
 from kdq_lightning.strategies import Appearance, appearances
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.report.rows import DEFAULT_METHOD, Cell, Measurement, Row, method_order
-from kdq_lightning.runs.records import CORRECT, FLOAT_BITS, RECORDS, Record, find_records, read_correct
+from kdq_lightning.runs.records import CORRECT, RECORDS, Record, find_records, identity, read_correct
 from kdq_lightning.runs.versions import version_number
 from kdq_lightning.strategies import Appearance, appearances
 
@@ -50,7 +50,7 @@ def read_rows(folders: Sequence[Path]) -> tuple[dict[str, list[Row]], list[str]]
 
 def method_of(record: Record) -> str:
     """Return the method that quantized a network, "" for the float network."""
-    return "" if record.bits == FLOAT_BITS else DEFAULT_METHOD
+    return record.method
 
 
 def _from_oldest(records: dict[Path, list[Record]]) -> dict[Path, list[Record]]:
@@ -63,7 +63,12 @@ def _from_oldest(records: dict[Path, list[Record]]) -> dict[Path, list[Record]]:
 
 
 def _measurements(folder: Path, records: list[Record], notes: list[str]) -> list[Measurement]:
-    """Join the records of a version with their vectors; add a note if vectors are missing."""
+    """Join the records of a version with their vectors; add notes on what is missing, and on what isn't understood."""
+    if unknown := {column for record in records for column in record.unknown}:
+        notes.append(
+            f"{folder} was written by another release: columns that this one doesn't know are left out:"
+            f" {', '.join(sorted(unknown))}."
+        )
     correct = read_correct(folder)
     vectors = [correct.get(record.correct_key("test")) for record in records]
     measurements = [
@@ -156,7 +161,7 @@ def _rows(groups: list[list[Measurement]], shown: Mapping[str, Appearance]) -> l
         dataset, strategy, network = group[0].record.dataset, group[0].record.strategy, _network(group)
         members: defaultdict[tuple[str, int], list[Measurement]] = defaultdict(list)
         for m in sorted(group, key=lambda m: (m.record.bits, m.record.seed, m.record.peer)):
-            members[method_of(m.record), m.record.bits].append(m)
+            members[method_of(m.record), identity(m.record).bits].append(m)
         cells = {key: Cell(tuple(measurements)) for key, measurements in members.items()}
         rows += [
             Row(

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kdq_lightning.report.measures import MEASURES
-from kdq_lightning.runs.records import Record
+from kdq_lightning.runs.records import MEASURES, Record
 from kdq_lightning.strategies import Appearance
 
 DEFAULT_METHOD = "default"

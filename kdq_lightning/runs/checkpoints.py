@@ -16,6 +16,8 @@ from kdq_lightning.data.normalization import Channels, Statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import NETWORKS, build_network
 from kdq_lightning.quantization.packing import is_packed, unpack
+from kdq_lightning.runs.identity import DEFAULT_METHOD
+from kdq_lightning.runs.records import identity, packed_path, read_records
 from kdq_lightning.runs.versions import newest_finished
 
 
@@ -168,12 +170,13 @@ def _best_of(version: Path) -> Path:
     raise UserError(f"{version} holds no checkpoint: train it again, or name another run")
 
 
-def find_packed(path: str | Path, bits: int | None) -> Path:
+def find_packed(path: str | Path, bits: int | None, method: str = DEFAULT_METHOD) -> Path:
     """Return the packed file that a path stands for.
 
     Args:
         path: The file itself, or a run folder, of whose newest finished version the first network's file is taken.
-        bits: Bit width of the file in a run folder.
+        bits: Bit width of the file in a run folder; of a file of mixed bits its budget in bytes.
+        method: Method that made the file in a run folder.
 
     Raises:
         UserError: If there is none.
@@ -183,11 +186,12 @@ def find_packed(path: str | Path, bits: int | None) -> Path:
         return path
     if bits is None:
         raise UserError(f"{path} is a run folder: say which of its packed files is meant with --model.init_args.bits")
-    version = newest_finished(path)
-    found = sorted(version.glob(f"packed/*-{bits}bit.safetensors")) if version else []
-    if not found:
-        raise UserError(f"{path} has no finished version with a packed file of {bits} bits: quantize it first")
-    return found[0]
+    if version := newest_finished(path):
+        for record in read_records(version):
+            if identity(record)[1:] == (method, bits) and packed_path(version, record).is_file():
+                return packed_path(version, record)
+    made_by = "" if method == DEFAULT_METHOD else f" made by {method}"
+    raise UserError(f"{path} has no finished version with a packed file of {bits} bits{made_by}: quantize it first")
 
 
 def load_trained(path: str | Path, described: Description = Description()) -> dict[str, TrainedNetwork]:

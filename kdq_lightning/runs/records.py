@@ -4,13 +4,11 @@ A version's folder holds `quantized.csv`, a row a network and bit width; `correc
 them got right; and `layers.csv`, what became of each layer.
 """
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -21,6 +19,8 @@ from torch import Tensor
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
 from kdq_lightning.quantization.layerwise import LayerReport
+from kdq_lightning.runs.identity import DEFAULT_METHOD, MIXED_METHOD, Identity
+from kdq_lightning.runs.tables import Absent, TableRow, annotation, columns, header, read_table, write_table
 
 RECORDS = "quantized.csv"
 CORRECT = "correct.safetensors"
@@ -28,9 +28,34 @@ LAYERS = "layers.csv"
 FLOAT_BITS = 32
 
 
+class Measure(NamedTuple):
+    """How a number of the records is shown.
+
+    Attributes:
+        caption: Stands above its table; without a caption it has no table under "Fidelity" in the report.
+        decimals: In its table.
+        best: Picks the best of a column, `max` or `min`; None if no value is better than another.
+        axis: Label of the y axis of its figure against the bit width; without a label it has no such figure.
+        log: Whether the y axis of its figure is logarithmic.
+    """
+
+    caption: str = ""
+    decimals: int = 2
+    best: Callable[[list[float]], float] | None = None
+    axis: str = ""
+    log: bool = False
+
+
+def _default_method(values: Mapping[str, Any]) -> str:
+    """Return the method of a row that was written before methods had names."""
+    return "" if values.get("bits") == FLOAT_BITS else DEFAULT_METHOD
+
+
 @dataclass(frozen=True)
-class Record:
+class Record(TableRow):
     """One network at one bit width; the float network has 32 bits. What doesn't exist is None, and empty in the file.
+
+    Columns are read by name: one that a file lacks is None, one that this class lacks is kept in `unknown`.
 
     `agreement_*`, `flips`, `nll` and `ece` are those of the test images; of the validation images if the test set was
     left alone.
@@ -42,9 +67,10 @@ class Record:
         network: Its name in `networks.NETWORKS`.
         peer: `peer0`, ... of mutual learning, else empty.
         seed: Of the run.
+        method: How it was quantized: `default`, `gpfq`, `mixed` or `custom`; "" for the float network.
         solver: Of the layers; several are joined by "+".
         codebook: Of the layers; several are joined by "+".
-        bits: Bit width.
+        bits: Bit width; of a file of mixed bits the mean bits of a quantized weight, two decimals.
         levels: Values that a weight may take, the most of any layer.
         packed_bytes: Size of the packed file; of the float network, of its float32 `.safetensors` file.
         val_top1: Percent.
@@ -64,6 +90,7 @@ class Record:
         partial: Whether a limit left images out of the evaluation.
         config_hash: See `config_hash`.
         version: Of this package.
+        budget: Of a file of mixed bits, in bytes; the column is there only if the table has such a file.
     """
 
     run: str
@@ -72,26 +99,45 @@ class Record:
     network: str
     peer: str
     seed: int
+    method: Annotated[str, Absent(_default_method)]
     solver: str
     codebook: str
-    bits: int
+    bits: int | float
     levels: int | None
     packed_bytes: int
-    val_top1: float | None
-    val_top5: float | None
-    test_top1: float | None
-    test_top5: float | None
-    agreement_float: float | None
-    agreement_teacher: float | None
-    flips: float | None
-    nll: float | None
-    ece: float | None
-    relative_error: float | None
+    val_top1: Annotated[float | None, Measure(best=max)]
+    val_top5: Annotated[float | None, Measure(best=max)]
+    test_top1: Annotated[float | None, Measure(best=max, axis="test accuracy, %")]  # its table is the main one
+    test_top5: Annotated[float | None, Measure(best=max)]
+    agreement_float: Annotated[float | None, Measure(best=max)]
+    agreement_teacher: Annotated[
+        float | None,
+        Measure(
+            "Test images that get the teacher's class, percent", best=max, axis="images with the teacher's class, %"
+        ),
+    ]
+    flips: Annotated[
+        float | None,
+        Measure("Flips: test images right in float and wrong at b bits, or the other way round, percent", best=min),
+    ]
+    nll: Annotated[float | None, Measure(best=min)]
+    ece: Annotated[float | None, Measure("Expected calibration error, percent", best=min)]
+    relative_error: Annotated[
+        float | None,
+        Measure(
+            "Relative error of the layers' outputs on the calibration images, mean over layers",
+            decimals=4,
+            best=min,
+            axis="relative error of layer outputs",
+            log=True,
+        ),
+    ]
     seconds: float | None
     epochs: int | None
     partial: bool
     config_hash: str
     version: str
+    budget: int | None = None
 
     @property
     def name(self) -> str:
@@ -105,40 +151,56 @@ class Record:
 
     def correct_key(self, split: str) -> str:
         """Return the key of its vector for a split, "val" or "test", in `read_correct`."""
-        return f"{self.name}/{split}/{self.bits}"
+        return identity(self).correct_key(split)
 
 
-HEADER = tuple(field.name for field in fields(Record))
+HEADER = header(Record)
+
+_MEASURES = {column.name: measure for column in columns(Record) if (measure := annotation(column, Measure))}
+MEASURES = {name: _MEASURES[name] for name in sorted(_MEASURES, key=lambda name: not name.startswith("test_"))}
+"""How each number of the records is shown, by its field, in the order of tables: what was tested comes first."""
 
 
 @dataclass(frozen=True)
-class LayerRecord(LayerReport):
+class LayerRecord(LayerReport, TableRow):
     """One layer of one network at one bit width.
 
     Attributes:
         network: `Record.name` of the network.
-        bits: Bit width.
+        method: See `Record`.
+        bits: Bit width; see `Record`.
+        budget: See `Record`.
     """
 
     network: str
-    bits: int
+    method: Annotated[str, Absent(_default_method)]
+    bits: int | float
+    budget: int | None = None
 
 
-Row = TypeVar("Row", Record, LayerRecord)
+def identity(row: Record | LayerRecord) -> Identity:
+    """Return what tells a row of a run's results from its others; the rows of its layers share it."""
+    name = row.name if isinstance(row, Record) else row.network
+    return Identity(name, row.method, int(row.budget or 0) if row.method == MIXED_METHOD else int(row.bits))
+
+
+def packed_path(version: Path, record: Record) -> Path:
+    """Return where a version's folder holds the packed file of a row."""
+    return version / "packed" / identity(record).packed_name(record.codebook)
 
 
 def read_records(folder: Path) -> list[Record]:
     """Read the records of a version's folder; none if it has no such file.
 
     Raises:
-        UserError: If the file is damaged, or of another format.
+        UserError: If the file is damaged.
     """
-    return _read_table(folder / RECORDS, Record)
+    return read_table(folder / RECORDS, Record)
 
 
 def read_layers(folder: Path) -> list[LayerRecord]:
     """Read what became of the layers, a network, bit width and layer after the other; see `read_records`."""
-    return _read_table(folder / LAYERS, LayerRecord)
+    return read_table(folder / LAYERS, LayerRecord)
 
 
 def write_records(folder: Path, records: Iterable[Record]) -> None:
@@ -147,56 +209,12 @@ def write_records(folder: Path, records: Iterable[Record]) -> None:
     Raises:
         UserError: If the file can't be written.
     """
-    _write_table(folder / RECORDS, Record, records)
+    write_table(folder / RECORDS, Record, records)
 
 
 def write_layers(folder: Path, layers: Iterable[LayerRecord]) -> None:
     """Write what became of the layers; see `write_records`."""
-    _write_table(folder / LAYERS, LayerRecord, layers)
-
-
-def _read_table(path: Path, kind: type[Row]) -> list[Row]:
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it and quantize again") from error
-    if header != [field.name for field in fields(kind)]:
-        raise UserError(f"{path} has another header than this release writes: use the release that wrote it")
-    try:
-        return [
-            kind(**{field.name: _parse(field.type, text) for field, text in zip(fields(kind), row, strict=True)})
-            for row in rows
-        ]
-    except ValueError as error:
-        raise UserError(f"{path} has a damaged row ({error}): delete the file and quantize again") from error
-
-
-def _write_table(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
-    table = io.StringIO(newline="")
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(field.name for field in fields(kind))
-    writer.writerows([_format(value) for value in astuple(row)] for row in rows)
-    write_atomically(path, table.getvalue().encode())
-
-
-def _parse(kind: Any, text: str) -> Any:  # noqa: ANN401 - a field's type and a value of it
-    options = get_args(kind) or (kind,)
-    if type(None) in options and not text:
-        return None
-    if bool in options:
-        if text not in ("True", "False"):
-            raise ValueError(f"{text!r} is neither True nor False")
-        return text == "True"
-    return options[0](text)
-
-
-def _format(value: str | float | None) -> str:
-    if value is None:
-        return ""
-    return repr(round(value, 6)) if isinstance(value, float) else str(value)
+    write_table(folder / LAYERS, LayerRecord, layers)
 
 
 def read_correct(folder: Path) -> dict[str, Tensor]:

@@ -1,14 +1,17 @@
-"""The results of a run while they grow: each bit width is written as soon as it is known, and never computed again."""
+"""The results of a run while they grow: each row is written as soon as it is known, and never computed again."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from kdq_lightning.runs.identity import DEFAULT_METHOD, Identity
 from kdq_lightning.runs.records import (
     FLOAT_BITS,
     LayerRecord,
     Record,
+    identity,
+    packed_path,
     read_correct,
     read_layers,
     read_records,
@@ -19,45 +22,52 @@ from kdq_lightning.runs.records import (
 
 
 class ResultFolder:
-    """The results of one configuration in a version's folder, growing by a network and bit width at a time.
+    """The results of one configuration in a version's folder, to which a row is added at a time.
 
-    What another configuration left there counts for nothing, and goes when the first result is added.
+    What another configuration left there counts for nothing, and goes when the first row is added.
 
     Attributes:
-        records: Sorted by network and bit width.
+        records: Sorted by their identity.
         layers: In the same order.
+        correct: Which images were classified correctly, bool (images,), by `Record.correct_key`.
     """
 
     def __init__(self, folder: Path, config_hash: str) -> None:
         """Read what is there.
+
+        Args:
+            folder: Of the version.
+            config_hash: Of the records that count.
 
         Raises:
             UserError: If a file is damaged.
         """
         self.folder = folder
         self.records = [record for record in read_records(folder) if record.config_hash == config_hash]
-        known = {(record.name, record.bits) for record in self.records}
-        self.layers = [layer for layer in read_layers(folder) if (layer.network, layer.bits) in known]
-        kept = tuple(f"{record.name}/{split}/{record.bits}" for record in self.records for split in ("val", "test"))
+        known = {identity(record) for record in self.records}
+        self.layers = [layer for layer in read_layers(folder) if identity(layer) in known]
+        kept = {row.correct_key(split) for row in known for split in ("val", "test")}
         self.correct = {key: vector for key, vector in read_correct(folder).items() if key in kept}
 
-    def packed_path(self, name: str, codebook: str, bits: int) -> Path:
-        """Return where the packed file of a network and bit width lies."""
-        return self.folder / "packed" / f"{name}-{codebook}-{bits}bit.safetensors"
+    def missing(self, name: str, bits: Iterable[int], method: str = DEFAULT_METHOD) -> list[int]:
+        """Return those bit widths of a network of which the record, a vector or the packed file is not there.
 
-    def missing(self, name: str, bits: Iterable[int]) -> list[int]:
-        """Return those bit widths of a network of which the row, a vector or the packed file is not there."""
+        Args:
+            name: Of the network.
+            bits: Bit widths, among them `FLOAT_BITS` for the float network; budgets in bytes for mixed bits.
+            method: Method of all but the float network.
+        """
         done = {
-            record.bits
+            identity(record)
             for record in self.records
-            if record.name == name
-            and any(record.correct_key(split) in self.correct for split in ("val", "test"))
-            and (record.bits == FLOAT_BITS or self.packed_path(name, record.codebook, record.bits).exists())
+            if any(record.correct_key(split) in self.correct for split in ("val", "test"))
+            and (record.bits == FLOAT_BITS or packed_path(self.folder, record).exists())
         }
-        return [width for width in bits if width not in done]
+        wanted = {width: Identity(name, "" if width == FLOAT_BITS else method, width) for width in bits}
+        return [width for width, row in wanted.items() if row not in done]
 
     def add(self, record: Record, correct: Mapping[str, Tensor], layers: Iterable[LayerRecord] = ()) -> None:
-        """Write the results of one network at one bit width; the row comes last, so a row stands for all of it.
+        """Write the results of one row; its record is written last, so that a record stands for all of it.
 
         Args:
             record: The row.
@@ -67,12 +77,17 @@ class ResultFolder:
         Raises:
             UserError: If a file can't be written.
         """
-        key = (record.name, record.bits)
-        others = [layer for layer in self.layers if (layer.network, layer.bits) != key]
-        self.layers = sorted([*others, *layers], key=lambda layer: (layer.network, layer.bits))
+        added = identity(record)
+        others = [layer for layer in self.layers if identity(layer) != added]
+        self.layers = sorted([*others, *layers], key=identity)
         self.correct |= {record.correct_key(split): vector for split, vector in correct.items()}
-        kept = [other for other in self.records if (other.name, other.bits) != key]
-        self.records = sorted([*kept, record], key=lambda record: (record.name, record.bits))
+        self.records = sorted([*(row for row in self.records if identity(row) != added), record], key=_order)
         write_layers(self.folder, self.layers)
         write_correct(self.folder, self.correct)
         write_records(self.folder, self.records)
+
+
+def _order(record: Record) -> tuple[str, bool, Identity]:
+    """Return the sorting key of a record: by network, then method and bits, the float network last."""
+    row = identity(record)
+    return row.name, record.bits == FLOAT_BITS, row

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdq_lightning.commands.command_line import read_settings
-from kdq_lightning.runs.records import FLOAT_BITS, Record, find_records
+from kdq_lightning.runs.identity import DEFAULT_METHOD
+from kdq_lightning.runs.records import FLOAT_BITS, Record, find_records, identity
 from kdq_lightning.study.provenance import is_outdated
 from kdq_lightning.study.run import Run
 
@@ -29,7 +30,7 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
     for folder, found in find_records(*places).items():
         for record in found:
             records[record.config_hash, record.seed].setdefault(folder, []).append(record)
-    hashes: dict[str, tuple[str, set[int], int]] = {}  # the same for every seed of a run
+    hashes: dict[str, tuple[str, set[tuple[str, int]], int]] = {}  # the same for every seed of a run
     done: dict[Run, list[Path]] = {}
     trained = {(run.name, run.seed) for run in runs if run.is_trained}
     needed = {(name, run.seed) for run in runs for name in run.needs}
@@ -39,33 +40,33 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
         if run.name not in hashes:
             settings = read_settings(run.arguments)
             model = settings.config["model"]["init_args"]
-            bits = set(settings.config["quantization"]["bits"]) | {FLOAT_BITS}
+            rows = {("", FLOAT_BITS), *((DEFAULT_METHOD, bits) for bits in settings.config["quantization"]["bits"])}
             # A network that was quantized before training is recorded at its own bit width alone.
-            widths = set() if model.get("packed") else bits
-            hashes[run.name] = settings.config_hash, widths, len(model.get("networks") or [None])
-        config_hash, widths, networks = hashes[run.name]
+            wanted = set() if model.get("packed") else rows
+            hashes[run.name] = settings.config_hash, wanted, len(model.get("networks") or [None])
+        config_hash, wanted, networks = hashes[run.name]
         folders = [
             folder
             for folder, found in records[config_hash, run.seed].items()
-            if _is_complete(found, widths, networks) and not is_outdated(run, folder)
+            if _is_complete(found, wanted, networks) and not is_outdated(run, folder)
         ]
         if folders and ((run.name, run.seed) not in needed or run.finished in (None, *folders)):
             done[run] = folders
     return done
 
 
-def _is_complete(records: Sequence[Record], widths: set[int], networks: int) -> bool:
-    """Return whether all networks have records at all bit widths.
+def _is_complete(records: Sequence[Record], wanted: set[tuple[str, int]], networks: int) -> bool:
+    """Return whether all networks have the wanted records.
 
     Args:
         records: Records of one folder.
-        widths: Bit widths that each network needs; if empty, any bit width will do.
+        wanted: Method and bit width of the records that each network needs; if empty, any record will do.
         networks: How many networks there are.
     """
-    by_network: defaultdict[str, set[int]] = defaultdict(set)
-    for record in records:
-        by_network[record.name].add(record.bits)
-    return len(by_network) >= networks and all(bits >= widths for bits in by_network.values())
+    by_network: defaultdict[str, set[tuple[str, int]]] = defaultdict(set)
+    for row in map(identity, records):
+        by_network[row.name].add((row.method, row.bits))
+    return len(by_network) >= networks and all(rows >= wanted for rows in by_network.values())
 
 
 class Progress:

@@ -7,6 +7,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.files import file_digest
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.runs.checkpoints import find_checkpoint, find_packed, load_trained, read_checkpoint
+from kdq_lightning.runs.identity import DEFAULT_METHOD
 from kdq_lightning.study.run import Run
 
 
@@ -45,5 +46,5 @@ def _digests_now(run: Run) -> dict[str, str]:
     with suppress(UserError):
         if "packed" in folders:
             bits = int(options["bits"]) if "bits" in options else None
-            digests["packed"] = file_digest(find_packed(folders["packed"], bits))
+            digests["packed"] = file_digest(find_packed(folders["packed"], bits, options.get("method", DEFAULT_METHOD)))
     return digests

@@ -17,7 +17,8 @@ from kdq_lightning.evaluation import full_float32
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.quantization import Quantized, quantize
 from kdq_lightning.quantization.recipes import make_recipe
-from kdq_lightning.runs.records import FLOAT_BITS
+from kdq_lightning.runs.identity import DEFAULT_METHOD
+from kdq_lightning.runs.records import FLOAT_BITS, identity
 from kdq_lightning.runs.result_folder import ResultFolder
 from kdq_lightning.runs.versions import mark_finished
 from kdq_lightning.training.dashboard import has_quantized, terminal_table, write_quantized
@@ -93,7 +94,7 @@ class PostTrainingQuantization(Callback):
     def is_complete(self, folder: Path, module: Classifier) -> bool:
         """Return whether a version's folder holds every result of the module's networks."""
         results = ResultFolder(folder, self.config_hash)
-        recovered = [record.bits for record in results.records] if module.is_quantized else []
+        recovered = [identity(record).bits for record in results.records] if module.is_quantized else []
         widths = recovered or [*self.bits, FLOAT_BITS]
         return has_quantized(folder) and not any(results.missing(name, widths) for name in module.networks())
 
@@ -121,7 +122,7 @@ class PostTrainingQuantization(Callback):
 
     def _quantize_network(self, run: QuantizedRun, name: str, calibration: Tensor, bars: QuantizationBars) -> None:
         """Evaluate a network in float, then quantize it by each method and evaluate it at each bit width."""
-        missing = {method: run.missing(name, self.bits) for method in METHODS}
+        missing = {method: run.missing(name, self.bits, method) for method in METHODS}
         float_is_missing = bool(run.missing(name, [FLOAT_BITS]))
         rows = sum(map(len, missing.values()))
         if not rows and not float_is_missing:
@@ -149,7 +150,9 @@ class PostTrainingQuantization(Callback):
             for bits in missing[method]:
                 result = quantized.pop(bits)  # so that its network's memory is free when it is done
                 evaluations = source.evaluate(name, result.model, bars.images)
-                run.add_row(name, bits, result.model, evaluations, quantized=result, float_evaluations=floats)
+                run.add_row(
+                    name, bits, result.model, evaluations, method=method, quantized=result, float_evaluations=floats
+                )
 
     def _record_recovered(self, run: QuantizedRun, name: str, bars: QuantizationBars) -> None:
         """Evaluate and pack a network that was trained as a quantized one; no float network is its like."""
@@ -161,7 +164,8 @@ class PostTrainingQuantization(Callback):
         network = source.network(name)
         bars.start(name, source.evaluation_images)
         evaluations = source.evaluate(name, network, bars.images)
-        run.add_row(name, bits, network, evaluations, quantized=Quantized(network, [], weights))
+        packed = Quantized(network, [], weights)
+        run.add_row(name, bits, network, evaluations, method=DEFAULT_METHOD, quantized=packed)
 
 
 def publish(run: QuantizedRun) -> None:

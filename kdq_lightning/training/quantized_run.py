@@ -11,7 +11,8 @@ import kdq_lightning
 from kdq_lightning.evaluation import percent
 from kdq_lightning.quantization import Quantized
 from kdq_lightning.runs.checkpoints import packed_metadata, state_dict_bytes
-from kdq_lightning.runs.records import LayerRecord, Record
+from kdq_lightning.runs.identity import DEFAULT_METHOD
+from kdq_lightning.runs.records import LayerRecord, Record, packed_path
 from kdq_lightning.runs.result_folder import ResultFolder
 from kdq_lightning.training.trained_run import Evaluations, TrainedRun
 
@@ -38,10 +39,10 @@ class QuantizedRun:
         """The folder's results, for rank 0 alone: the others would read while it writes."""
         return ResultFolder(self.source.folder, self.config_hash)
 
-    def missing(self, name: str, bits: Iterable[int]) -> list[int]:
-        """Return those of the bit widths of a network whose results are not in the folder."""
+    def missing(self, name: str, bits: Iterable[int], method: str = DEFAULT_METHOD) -> list[int]:
+        """Return those of the bit widths of a network, quantized by a method, whose results are not in the folder."""
         missing: list[int] = []
-        self.source.on_rank_zero(lambda: missing.extend(self.results.missing(name, bits)))
+        self.source.on_rank_zero(lambda: missing.extend(self.results.missing(name, bits, method)))
         return self.source.from_rank_zero(missing)
 
     def add_row(
@@ -51,6 +52,7 @@ class QuantizedRun:
         network: nn.Module,
         evaluations: Evaluations,
         *,
+        method: str = "",
         quantized: Quantized | None = None,
         float_evaluations: Evaluations | None = None,
     ) -> None:
@@ -61,33 +63,36 @@ class QuantizedRun:
             bits: Bit width; `FLOAT_BITS` for the float network.
             network: With the weights that were evaluated.
             evaluations: Of it, on each split.
+            method: Method that quantized it; "" for the float network.
             quantized: What the packed file is made of; None for the float network, which has none.
             float_evaluations: Of the float network; None if there is no float network to compare with.
 
         Raises:
             UserError: If a file can't be written.
         """
-        record = self._record(name, bits, evaluations, float_evaluations, quantized)
+        record = self._record(name, bits, method, evaluations, float_evaluations, quantized)
         correct = {split: evaluation.correct for split, evaluation in evaluations.items()}
-        layers = (
-            [LayerRecord(**vars(layer), network=name, bits=bits) for layer in quantized.layers] if quantized else []
-        )
+        reports = quantized.layers if quantized else []
+        layers = [LayerRecord(**vars(report), network=name, method=method, bits=bits) for report in reports]
+
+        source = self.source
 
         def write() -> None:
             if quantized is None:
                 size = len(state_dict_bytes(network))
             else:
-                path = self.results.packed_path(name, record.codebook, bits)
+                path = packed_path(source.folder, record)
                 quantized.save(path, self._metadata(name, record))
                 size = path.stat().st_size
             self.results.add(replace(record, packed_bytes=size), correct, layers)
 
-        self.source.on_rank_zero(write)
+        source.on_rank_zero(write)
 
     def _record(
         self,
         name: str,
         bits: int,
+        method: str,
         evaluations: Evaluations,
         float_evaluations: Evaluations | None,
         quantized: Quantized | None,
@@ -105,6 +110,7 @@ class QuantizedRun:
             dataset=source.data.dataset,
             network=network,
             peer="" if name == network else name,
+            method=method,
             bits=bits,
             val_top1=val.top1 if val else None,
             val_top5=val.top5 if val else None,

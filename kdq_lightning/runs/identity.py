@@ -1,0 +1,40 @@
+"""What tells one row of a run's results from another, and the names of files and vectors that follow from it."""
+
+from typing import NamedTuple
+
+DEFAULT_METHOD = "default"
+MIXED_METHOD = "mixed"
+
+
+class Identity(NamedTuple):
+    """One network of a run, quantized by one method at one size.
+
+    Attributes:
+        name: `peer0`, ... of mutual learning, otherwise the network's name in `networks.NETWORKS`.
+        method: Method that quantized it; "" for the float network.
+        bits: Bit width; of a file of mixed bits its budget in bytes.
+    """
+
+    name: str
+    method: str
+    bits: int
+
+    def correct_key(self, split: str) -> str:
+        """Return the key of the vector of correctly classified images in `correct.safetensors`.
+
+        Args:
+            split: "val" or "test".
+        """
+        method = "" if self.method in ("", DEFAULT_METHOD) else f"{self.method}/"
+        return f"{self.name}/{split}/{method}{self.bits}"
+
+    def packed_name(self, codebook: str) -> str:
+        """Return the name of the packed file.
+
+        Args:
+            codebook: Of the layers; several are joined by "+". The name of a file of mixed bits does without.
+        """
+        if self.method == MIXED_METHOD:
+            return f"{self.name}-{self.method}-{self.bits}B.safetensors"
+        method = "" if self.method == DEFAULT_METHOD else f"{self.method}-"
+        return f"{self.name}-{method}{codebook}-{self.bits}bit.safetensors"
