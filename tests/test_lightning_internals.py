@@ -22,8 +22,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from kdq_lightning.training.callbacks import checkpoint_callbacks
 from kdq_lightning.training.lightning_internals import (
-    RelocatableModelCheckpoint,
+    ModelCheckpoint,
     StageTrainer,
     WithoutRunning,
     completed_epochs,
@@ -120,7 +121,7 @@ def test_a_command_is_parsed_only():
 
 def test_the_state_of_a_model_checkpoint(tmp_path: Path):
     """A moved folder's checkpoints are found by their names, whatever path the state remembers."""
-    keeper = RelocatableModelCheckpoint(dirpath=tmp_path / "new")
+    keeper = ModelCheckpoint(dirpath=tmp_path / "new")
     there = str(tmp_path / "old" / "best.ckpt")
     written = keeper.state_dict()
     keys = {"best_model_path", "kth_best_model_path", "last_model_path", "best_k_models", "dirpath", "best_model_score"}
@@ -135,6 +136,15 @@ def test_the_state_of_a_model_checkpoint(tmp_path: Path):
     assert (keeper.best_model_path, keeper.kth_best_model_path, keeper.last_model_path) == (here, here, "")
     assert keeper.best_k_models == {here: 7.0} and keeper.best_model_score == 7.0
     assert keeper.dirpath == str(tmp_path / "new")
+
+
+def test_the_key_of_a_model_checkpoint_s_state():
+    """As files have it that are there already; under another key, their best epoch would be forgotten in silence."""
+    keys = [keeper.state_key.partition(", 'every_n_train_steps'")[0] for keeper in checkpoint_callbacks()]
+    assert keys == [
+        "ModelCheckpoint{'monitor': 'val/top1', 'mode': 'max'",
+        "ModelCheckpoint{'monitor': None, 'mode': 'min'",
+    ]
 
 
 def test_the_epochs_of_a_checkpoint(tmp_path: Path):
@@ -202,11 +212,14 @@ def names_of_lightning() -> set[str]:
 
 
 def private_uses(path: Path, lightning: set[str]) -> Iterator[str]:
-    """Yield the private names that a file takes from an object that isn't its own, or shares with Lightning."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Yield the private names that a file takes from an object of another file, or shares with Lightning."""
+    text = path.read_text(encoding="utf-8")
+    own = set(re.findall(r"self\.(_[a-z]\w*)|def (_[a-z]\w*)", text))
+    own = {name for names in own for name in names}
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr) and node.attr not in NAMED_TUPLE:
             of = ast.unparse(node.value)
-            if node.attr in lightning or not (of in ("self", "cls", "super()") or of.startswith("torch.")):
+            if node.attr in lightning or not (of == "super()" or of.startswith("torch.") or node.attr in own):
                 yield f"{path.name}: {of}.{node.attr}"
         if isinstance(node, ast.ClassDef):
             methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}

@@ -17,18 +17,18 @@ from lightning.pytorch.cli import SaveConfigCallback
 from kdq_lightning.files import remove_leftovers, write_atomically
 from kdq_lightning.runs.records import RECORDS
 from kdq_lightning.runs.versions import is_version, mark_finished
-from kdq_lightning.training.lightning_internals import RelocatableModelCheckpoint, started_processes
+from kdq_lightning.training.lightning_internals import ModelCheckpoint, started_processes
 
 KEPT = ("checkpoints", RECORDS)  # a folder that holds one of them stays when its run fails
 DEATH_SECONDS = 2  # from a lost connection to the exit code of the process at its other end
 
 
-def checkpoint_callbacks() -> list[RelocatableModelCheckpoint]:
+def checkpoint_callbacks() -> list[ModelCheckpoint]:
     """Return what writes `checkpoints/best.ckpt` (highest `val/top1`) and `checkpoints/last.ckpt` (every epoch)."""
-    best = RelocatableModelCheckpoint(
+    best = ModelCheckpoint(
         filename="best", monitor="val/top1", mode="max", save_on_train_epoch_end=True, enable_version_counter=False
     )
-    last = RelocatableModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     return [best, last]
 
 

@@ -52,10 +52,11 @@ class WithoutRunning:
         """Run nothing."""
 
 
-class RelocatableModelCheckpoint(LightningModelCheckpoint):
+class ModelCheckpoint(LightningModelCheckpoint):
     """Lightning's ModelCheckpoint, which would forget the best epoch of a run folder that was moved.
 
-    It would then save a worse epoch over it. Relies on: the keys of `ModelCheckpoint.state_dict`.
+    It would then save a worse epoch over it. Relies on: the keys of `ModelCheckpoint.state_dict`; and on the class's
+    name in `state_key`, under which a checkpoint holds the state, so this class can't have another.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
