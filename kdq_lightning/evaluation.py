@@ -1,5 +1,6 @@
-"""What is measured of a classifier: accuracy, calibration and agreement, exact over all ranks."""
+"""The only evaluator: accuracy, loss and calibration of a classifier, image by image, exact over all ranks."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,31 +9,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics import Metric
+from torchmetrics.functional.classification import binary_calibration_error
+from torchmetrics.utilities import dim_zero_cat
 
 from kdq_lightning.data.normalization import Statistics, normalize
 from kdq_lightning.errors import UserError
 
 BINS = 15
 BATCH = {"cpu": 128, "cuda": 2048}  # images that fill the device; more leave a processor's cache
-
-
-def build_metrics(num_classes: int) -> MetricCollection:
-    """Return top-1, top-5 and expected calibration error (15 bins), shares in [0, 1].
-
-    They take probabilities (batch, classes) and labels (batch,). With fewer than 6 classes top-5 is 1.
-
-    Source of the calibration error: Guo et al. 2017, On Calibration of Modern Neural Networks, eq. 3.
-    """
-    return MetricCollection(
-        {
-            "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-            "top5": MulticlassAccuracy(num_classes, min(5, num_classes), average="micro", validate_args=False),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=BINS, validate_args=False),
-        },
-        compute_groups=False,
-    )
 
 
 @dataclass(frozen=True)
@@ -50,15 +35,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network makes of a split; on every rank the same, whatever their number.
+    """How a network classifies the images of a split; the same on every rank, whatever their number.
 
     Attributes:
         classes: int64, (images,), predicted classes in the split's order.
-        correct: bool, (images,).
+        correct: bool, (images,), whether they are the labels.
         top1: Percent.
-        top5: Percent.
+        top5: Percent; 100 with fewer than 6 classes.
         nll: Mean cross-entropy, nats.
-        ece: Expected calibration error over 15 bins, percent.
+        ece: Expected calibration error over 15 bins of equal width, percent (Guo et al. 2017, On Calibration of Modern
+            Neural Networks, eq. 3).
     """
 
     classes: Tensor
@@ -67,6 +53,67 @@ class Evaluation:
     top5: float
     nll: float
     ece: float
+
+
+class Evaluator(Metric):
+    """Collects a network's answers image by image, and computes the evaluation of all ranks' images together.
+
+    Every rank calls `update` at least once, if need be with an empty batch, and then `evaluation`.
+    """
+
+    full_state_update = False
+    answers: list[Tensor]
+
+    def __init__(self) -> None:
+        """Start without images."""
+        super().__init__()
+        self.add_state("answers", default=[], dist_reduce_fx="cat")
+
+    def update(self, logits: Tensor, labels: Tensor, index: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            logits: (batch, classes); everything is computed from them in float64.
+            labels: int64, (batch,).
+            index: int64, (batch,), place of each image in the split.
+        """
+        logits = logits.double()
+        confidence, classes = logits.softmax(1).max(1)
+        is_among_5 = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).any(1)
+        nll = F.cross_entropy(logits, labels, reduction="none")
+        columns = (index, classes, classes == labels, is_among_5, nll, confidence)
+        self.answers.append(torch.stack([column.double() for column in columns], 1))
+
+    def compute(self) -> Tensor:
+        """Return the answers of all ranks, float64, (images, 6), in the order of the images' index."""
+        answers = dim_zero_cat(self.answers)
+        return answers[answers[:, 0].argsort()]
+
+    def evaluation(self) -> Evaluation:
+        """Return the evaluation of all ranks' images; its vectors are on the CPU, in the order of the index."""
+        _, classes, correct, top5, nll, confidence = self.compute().cpu().mT.contiguous()
+        return Evaluation(
+            classes=classes.long(),
+            correct=correct.bool(),
+            top1=percent(correct),
+            top5=percent(top5),
+            nll=float(nll.mean()),
+            ece=_calibration_error(confidence, correct),
+        )
+
+
+def _calibration_error(confidence: Tensor, correct: Tensor) -> float:
+    """Return the expected calibration error in percent, NaN if a confidence is.
+
+    Args:
+        confidence: float64, (images,), probabilities of the predicted classes.
+        correct: float64, (images,), 1 where the prediction is right.
+    """
+    if not bool(confidence.isfinite().all()):
+        return float("nan")
+    # A confidence of exactly 1 would have a bin of its own in torchmetrics.
+    below_one = confidence.clamp(max=1 - torch.finfo(torch.float64).eps)
+    return 100 * float(binary_calibration_error(below_one, correct.long(), n_bins=BINS, norm="l1"))
 
 
 @torch.no_grad()
@@ -90,64 +137,23 @@ def evaluate(
     network.eval()
     device = next(network.parameters()).device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    measured = [torch.empty(0, 4, dtype=torch.float64, device=device)]
+    evaluator = Evaluator().to(device)
     with full_float32(device):
         share = torch.arange(rank, len(split.labels), world_size)
         for index in torch.split(share, BATCH.get(device.type, BATCH["cpu"])):
             images = normalize(split.images[index].to(device), statistics)
             logits = network(images.contiguous(memory_format=torch.channels_last))
-            measured.append(_measure(logits.double(), split.labels[index].to(device)))
+            evaluator.update(logits, split.labels[index].to(device), index.to(device))
             progress(len(index))
-    classes, hits5, nll, confidence = _gather(torch.cat(measured), len(split.labels)).cpu().mT.contiguous()
-    if not bool(nll.isfinite().all()):
+    evaluation = evaluator.evaluation()
+    if not math.isfinite(evaluation.nll):
         raise UserError("the network's outputs are not finite on some images: check its weights")
-    correct = classes.long() == split.labels
-    return Evaluation(
-        classes=classes.long(),
-        correct=correct,
-        top1=percent(correct),
-        top5=percent(hits5),
-        nll=float(nll.mean()),
-        ece=calibration_error(confidence, correct),
-    )
-
-
-def _measure(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return of each image its class, whether the label is among the five likeliest, its loss and its confidence."""
-    confidence, classes = logits.softmax(1).max(1)
-    hits5 = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).any(1)
-    nll = F.cross_entropy(logits, labels, reduction="none")
-    return torch.stack([classes.double(), hits5.double(), nll, confidence], 1)
-
-
-def _gather(share: Tensor, total: int) -> Tensor:
-    """Put the shares of all ranks, (about total / ranks, values), back into the order of the images."""
-    if not dist.is_initialized():
-        return share
-    world_size = dist.get_world_size()
-    padded = F.pad(share, (0, 0, 0, -(-total // world_size) - len(share)))
-    shares = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(shares, padded)
-    return torch.stack(shares, 1).flatten(0, 1)[:total]
+    return evaluation
 
 
 def percent(hits: Tensor) -> float:
     """Return the mean of bools or numbers (images,) in percent."""
     return 100 * float(hits.double().mean())
-
-
-def calibration_error(confidence: Tensor, correct: Tensor) -> float:
-    """Return the expected calibration error in percent: Σ_bins |hits - Σ confidence| / images.
-
-    Source: Guo et al. 2017, On Calibration of Modern Neural Networks, eq. 3, with 15 bins of equal width.
-
-    Args:
-        confidence: float64, (images,), probabilities of the predicted classes.
-        correct: bool, (images,).
-    """
-    bins = torch.bucketize(confidence, torch.linspace(0, 1, BINS + 1, dtype=torch.float64)[1:-1])
-    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, correct.double() - confidence)
-    return 100 * float(gaps.abs().sum()) / len(confidence)
 
 
 @contextmanager

@@ -1,15 +1,16 @@
 """Exact evaluation against the obvious loop and torchmetrics."""
 
 import copy
+import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError
-from kdq_lightning.evaluation import Split, calibration_error, evaluate
+from kdq_lightning.evaluation import Evaluator, Split, evaluate
 from kdq_lightning.networks import build_network
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
@@ -51,10 +52,48 @@ def test_each_image_once(count: int):
         assert getattr(found, name) == pytest.approx(float(value), rel=1e-4), name
 
 
-def test_calibration_error_by_hand():
-    """Two bins: 0.95 and 0.94 with one hit, 0.3 with a miss: (|1 - 1.89| + |0 - 0.3|) / 3."""
-    error = calibration_error(torch.tensor([0.95, 0.94, 0.3], dtype=torch.float64), torch.tensor([True, False, False]))
-    assert error == pytest.approx(100 * (0.89 + 0.3) / 3)
+def calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """Return the expected calibration error in percent as Guo et al. 2017 write it: bin by bin, a loop."""
+    confidence, classes = logits.softmax(1).max(1)
+    correct, error = (classes == labels).tolist(), 0.0
+    for i in range(15):
+        inside = [
+            c for c in range(len(labels)) if i / 15 <= confidence[c] < (i + 1) / 15 or (i, confidence[c]) == (14, 1)
+        ]
+        error += abs(sum(correct[c] - float(confidence[c]) for c in inside)) / len(labels)
+    return 100 * error
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 5, 100])
+def test_calibration_error(scale: float):
+    """From the unsure to the certain, whose confidence is exactly 1 on most images."""
+    generator = torch.Generator().manual_seed(1)
+    logits = scale * torch.randn(300, 10, generator=generator, dtype=torch.float64)
+    labels = torch.where(torch.rand(300, generator=generator) < 0.7, logits.argmax(1), 0)
+    assert scale < 100 or (logits.softmax(1).amax(1) == 1).sum() > 100
+    evaluator = Evaluator()
+    evaluator.update(logits, labels, torch.arange(300))
+    assert evaluator.evaluation().ece == pytest.approx(calibration_error(logits, labels), abs=1e-9)
+
+
+def test_order_of_batches_and_empty_ones():
+    """The vectors are in the order of the index, whatever order the images came in."""
+    logits, labels = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 4
+    whole, parts = Evaluator(), Evaluator()
+    whole.update(logits, labels, torch.arange(20))
+    for index in (torch.arange(1, 20, 2), torch.arange(0), torch.arange(0, 20, 2)):
+        parts.update(logits[index], labels[index], index + 1000)
+    first, second = whole.evaluation(), parts.evaluation()
+    assert torch.equal(first.classes, logits.argmax(1)) and torch.equal(second.classes, first.classes)
+    assert torch.equal(second.correct, first.correct) and (second.nll, second.ece) == (first.nll, first.ece)
+
+
+def test_not_a_number_while_training():
+    """A loss that isn't finite is no calibration error either."""
+    evaluator = Evaluator()
+    evaluator.update(torch.full((2, 3), torch.nan), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    found = evaluator.evaluation()
+    assert math.isnan(found.nll) and math.isnan(found.ece)
 
 
 def test_few_classes():

@@ -24,13 +24,13 @@ def reference(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def test_scores_of_uneven_batches(names: list[str]):
     """Means over images, not over batches; an empty batch counts for nothing, and nothing is left for the next time."""
     generator = np.random.default_rng(0)
-    scores = Scores(names, 10)
+    scores = Scores(names)
     for images, draw in ((37, generator.normal), (50, generator.uniform)):  # logits within [0, 1] are no shares, either
         logits = {name: draw(size=(images, 10)).astype(np.float32) for name in names}
         labels = generator.integers(10, size=images)
         for part in (slice(0, 25), slice(25, 30), slice(30, 30), slice(30, images)):
             batch = {name: torch.from_numpy(values[part]) for name, values in logits.items()}
-            scores.update(batch, torch.from_numpy(labels[part]))
+            scores.update(batch, torch.from_numpy(labels[part]), torch.arange(images)[part])
         found = scores.compute_and_reset()
         each = {name: reference(values.astype(float), labels) for name, values in logits.items()}
         expected = {key: np.mean([of[key] for of in each.values()]) for key in ("top1", "top5", "ece", "loss")}
@@ -43,7 +43,6 @@ def test_scores_of_uneven_batches(names: list[str]):
 
 def test_scores_move_with_their_module():
     holder = torch.nn.Module()
-    holder.scores = Scores(["resnet20"], 3)
+    holder.scores = Scores(["resnet20"])
     holder.to("meta")
-    assert all(metric.device.type == "meta" for metric in holder.scores.networks["resnet20"].values())
-    assert holder.scores.loss.device.type == "meta" and not holder.state_dict()
+    assert holder.scores.evaluators["resnet20"].device.type == "meta" and not holder.state_dict()

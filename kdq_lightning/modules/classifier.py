@@ -113,7 +113,7 @@ class Classifier(LightningModule):
         self._build_networks()
         for module in self.networks().values():
             module.to(memory_format=torch.channels_last)
-        self.scores = Scores(self.networks(), num_classes)
+        self.scores = Scores(self.networks())
         self._epoch = TrainingEpoch(self.device)
 
     @classmethod
@@ -356,7 +356,7 @@ class Classifier(LightningModule):
         """Measure a batch and return each network's logits (batch, classes)."""
         images = self.normalized(batch.images)
         logits = {name: network(images).float() for name, network in self.networks().items()}
-        self.scores.update(logits, batch.labels)
+        self.scores.update(logits, batch.labels, batch.index)
         return logits
 
     def on_validation_epoch_end(self) -> None:

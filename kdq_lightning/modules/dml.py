@@ -57,7 +57,7 @@ class MutualLearning(Classifier):
         if len(trained) == 1 and not self.fitting and alone.network in self.peer_networks:
             self.peers = nn.ModuleList([self.peers[self.peer_networks.index(alone.network)]])
             self.peer_networks = [alone.network]
-            self.scores = Scores(["peer0"], self.num_classes)
+            self.scores = Scores(["peer0"])
             trained = {"peer0": alone}
         super()._load_networks(trained)
 
