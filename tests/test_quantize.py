@@ -275,8 +275,8 @@ def test_layers_that_depend_on_the_images_are_refused():
 
 def test_few_rows_are_named():
     network = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
-    (layer,) = quantize(network, [torch.randn(30, 3, 4, 4)], bits=(4,))[4].layers  # one image in eight is held out
-    assert "27 rows for 48 columns" in layer.note
+    (layer,) = quantize(network, [torch.randn(30, 3, 4, 4)], bits=(4,))[4].layers
+    assert "30 rows for 48 columns" in layer.note
 
 
 def test_rows_are_four_a_column_where_there_are_so_many(images):

@@ -258,7 +258,7 @@ class Rows:
                 gram.BW = gram.B @ weight.double()
         return grams
 
-    def errors(self, candidates: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[list[float]]:
+    def errors(self, candidates: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[list[list[float]], int]:
         """Return |Xw - X̃q - d|² of some candidates over the rows held out, summed over all processes.
 
         Args:
@@ -266,7 +266,7 @@ class Rows:
                 (groups, 1, neurons).
 
         Returns:
-            For each quantized network one error a candidate.
+            For each quantized network one error a candidate; and the number of rows.
         """
         weight = self._gathered(self._weight())
         pairs = [[(self._gathered(q).to(weight), d.to(weight)) for q, d in some] for some in candidates]
@@ -277,10 +277,12 @@ class Rows:
                 for j, (candidate, shift) in enumerate(pairs[i]):
                     for y_chunk, q_chunk in zip(y, q, strict=True):
                         found[i, j] += (y_chunk - q_chunk @ candidate - shift).double().square().sum()
+        assert self.held_out is not None
+        rows = self.held_out.sum() * self.positions.shape[1]
         if dist.is_initialized():
             dist.all_reduce(found)
-        rows: list[list[float]] = found.tolist()
-        return rows
+            dist.all_reduce(rows)
+        return found.tolist(), int(rows)
 
     def _weight(self) -> Tensor:
         return columns(at_least_float32(self.patches.layer.weight.detach()), self.patches.groups)

@@ -30,7 +30,12 @@ from kdq_lightning.quantization.solution import Solution, rounded, solve
 from kdq_lightning.quantization.solvers import SOLVERS
 
 ROWS_PER_COLUMN = 4  # fewer rows a column overfit, refinement first
-HELD_OUT = 8  # one of so many images is held out where rows are few
+HELD_OUT = 8  # one of so many images is held out where rows are few, more of them if there are few images
+MARGIN = 0.5  # over √n: the part of the error on n rows held out that a solution must win by
+COMPUTES_OTHERWISE = (
+    "the quantized network computes something else than its layers did one by one: a hook or a cache changes the"
+    " weights of a layer; remove it from the model"
+)
 FEW_ROWS_PER_COLUMN = 2
 
 
@@ -183,9 +188,9 @@ class Walk:
             solutions.append(solve_by_shares(gram, weight, recipe, noise))
             shares.append(gathering + time.perf_counter() - start)
         chosen = never_worse_than_rounding(rows, grams, weight, self.recipes, solutions)
-        for i, (recipe, solution, note) in enumerate(chosen):
+        for i, (recipe, gram, solution, note) in enumerate(chosen):
             self._store(i, name, recipe, solution)
-            entry = report(name, recipe, grams[i], solution, self.weights[i][name], self._layers[i][name], shares[i])
+            entry = report(name, recipe, gram, solution, self.weights[i][name], self._layers[i][name], shares[i])
             self.reports[i].append(noted(entry, note))
         self._solved += 1
         self.on_layer(name)
@@ -257,10 +262,11 @@ class Walk:
                 holds_first(stream, alone, self.plan.tolerance)
                 for stream, alone in zip(tensors_in(outputs), found, strict=False)
             ):
-                raise UserError(
-                    "the quantized network computes something else than its layers did one by one: a hook or a cache"
-                    " changes the weights of a layer; remove it, or quantize without that layer"
-                )
+                raise UserError(COMPUTES_OTHERWISE)
+        for layers, weights in zip(self._layers, self.weights, strict=True):
+            for name, weight in weights.items():
+                if not torch.equal(layers[name].weight, weight.dequantize().to(layers[name].weight)):
+                    raise UserError(COMPUTES_OTHERWISE)
 
     def _finish_reports(self, repeated: set[str]) -> None:
         """Note layers that were called again, and add what stays in float."""
@@ -276,7 +282,7 @@ class Walk:
 
 
 def is_held_out(images: Tensor, total: int) -> Tensor:
-    """Tell which images a layer with few rows is tried on instead of solved: one in eight, or one if there are fewer.
+    """Tell which images a layer with few rows is tried on instead of solved: one in eight, up to half of very few.
 
     Args:
         images: int64 indices in the whole calibration set.
@@ -285,37 +291,48 @@ def is_held_out(images: Tensor, total: int) -> Tensor:
     Returns:
         bool, in the shape of `images`.
     """
-    return images % min(total, HELD_OUT) == min(total, HELD_OUT) - 1
+    one_in = min(HELD_OUT, max(2, total // 4))
+    return images % one_in == one_in - 1
 
 
 def never_worse_than_rounding(
     rows: Rows, grams: Sequence[Gram], weight: Tensor, recipes: Sequence[Recipe], solutions: Sequence[Solution]
-) -> list[tuple[Recipe, Solution, str]]:
+) -> list[tuple[Recipe, Gram, Solution, str]]:
     """Take plain rounding where a solution is worse.
 
-    They are compared on rows that the solver hasn't seen if it had few; if it had many, on those that it has. If it had
-    few and of one image alone, nothing can be known, and rounding is taken.
+    If the solver had few rows, they are compared on rows that it hasn't seen, and the fewer these are the more the
+    solution has to win by; if all were of one image, nothing can be known, and rounding is taken. With many rows their
+    errors on these are known well enough.
 
     Returns:
-        The recipe that was followed, its solution, and a note for the report.
+        The recipe that was followed, the sums it was solved on, its solution, and a note for the report.
     """
+    few = grams[0].rows < ROWS_PER_COLUMN * grams[0].A.shape[1]
     if not recipes[0].may_fall_back:
-        return [(recipe, solution, "") for recipe, solution in zip(recipes, solutions, strict=True)]
-    plain = [rounded(gram, weight, recipe.plain) for gram, recipe in zip(grams, recipes, strict=True)]
+        return [(recipe, gram, one, "") for recipe, gram, one in zip(recipes, grams, solutions, strict=True)]
+    round_layer = solve_by_shares if few else rounded
+    plain = [round_layer(gram, weight, recipe.plain) for gram, recipe in zip(grams, recipes, strict=True)]
     pairs = list(zip(solutions, plain, strict=True))
-    reason = "was worse on rows held out"
+    needed, reason = 1.0, "was worse"
     if rows.held_out is not None:
-        errors = rows.errors([[(one.levels * one.scale, one.bias_shift) for one in pair] for pair in pairs])
-    elif grams[0].rows < ROWS_PER_COLUMN * grams[0].A.shape[1]:
+        errors, tried = rows.errors([[(one.levels * one.scale, one.bias_shift) for one in pair] for pair in pairs])
+        needed, reason = 1 - MARGIN / math.sqrt(tried), "was not better on rows held out"
+    elif few:
         errors, reason = [[1.0, 0.0] for _ in pairs], "had few rows, all of one image"
     else:
-        errors, reason = [[float(one.squared_error.sum()) for one in pair] for pair in pairs], "was worse"
-    return [
-        (recipe, solution, "")
-        if solved <= simple
-        else (recipe.plain, fallback, f"rounded, as {recipe.solver} {reason}")
-        for recipe, (solution, fallback), (solved, simple) in zip(recipes, pairs, errors, strict=True)
-    ]
+        errors = [[float(one.squared_error.sum()) for one in pair] for pair in pairs]
+    worse = [solved > needed * simple for solved, simple in errors]
+    if rows.held_out is not None and any(worse):  # rounding chooses its scales on all rows
+        everything = replace(rows, held_out=None).collect([False for _ in recipes])
+        grams = [whole if bad else gram for whole, gram, bad in zip(everything, grams, worse, strict=True)]
+    chosen = []
+    for recipe, gram, solution, is_worse in zip(recipes, grams, solutions, worse, strict=True):
+        if is_worse:
+            fallback = solve_by_shares(gram, weight, recipe.plain)
+            chosen.append((recipe.plain, gram, fallback, f"rounded, as {recipe.solver} {reason}"))
+        else:
+            chosen.append((recipe, gram, solution, ""))
+    return chosen
 
 
 def check_finite(name: str, gram: Gram) -> None:
@@ -325,7 +342,7 @@ def check_finite(name: str, gram: Gram) -> None:
             raise UserError(f"layer {name} {verb} activations that are not finite: check the network's weights")
 
 
-def solve_by_shares(gram: Gram, weight: Tensor, recipe: Recipe, noise: Tensor | float) -> Solution:
+def solve_by_shares(gram: Gram, weight: Tensor, recipe: Recipe, noise: Tensor | float = 0.5) -> Solution:
     """Solve a layer; where processes share the work, each takes some of the neurons and all get the whole."""
     neurons = weight.shape[2]
     world = dist.get_world_size() if dist.is_initialized() else 1

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -98,24 +99,25 @@ def fit_images(network: nn.Module, images: Tensor) -> Tensor:
     ) from errors[0]
 
 
-def probe(network: nn.Module, images: Tensor) -> Plan:
+def probe(network: nn.Module, model: nn.Module, images: Tensor) -> Plan:
     """Run a network on two of the calibration images.
 
     Args:
-        network: In eval mode, its weights plain parameters.
+        network: A copy of the model in eval mode, its weights plain parameters, on which `fit_images` has run.
+        model: The model given, which nothing has changed.
         images: (images, ...), as `fit_images` returns them.
 
     Raises:
         UserError: If in eval mode the network changes its buffers, isn't deterministic, or mixes the images of a batch.
     """
     pair = _two_images(images)
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     given = pair.clone()
     metered, activations, meter = _metered(network, given)
     used_by, tolerance = meter.used_by, max(TOLERANCE, 4 * meter.resolution)
     clone_images = not _same(given, pair)
-    for name, buffer in network.named_buffers():
-        if name not in before or not _same(buffer, before[name]):
+    before = dict(chain(model.named_parameters(), model.named_buffers()))
+    for name, tensor in chain(network.named_parameters(), network.named_buffers()):
+        if name in before and not nn.parameter.is_lazy(before[name]) and not _same(tensor, before[name]):
             raise UserError(f"the model changes {name} in eval mode, so a walk would not see what inference sees")
     together, first, second = (_observed(network, part.clone(), tolerance) for part in (pair, pair[:1], pair[1:]))
     if not _all_close(metered, together.outputs, tolerance):
@@ -299,14 +301,15 @@ def _left_in_float(
 ) -> dict[str, str]:
     """Return why each parameter of two or more dimensions that isn't quantized stays in float."""
     layers = layers_of(network)
+    owners = {id(layer.weight): name for name, layer in layers.items()}
     quantized = {id(layers[name].weight) for name in samples}
     left = {}
     for name, parameter in network.named_parameters():
         module, _, attribute = name.rpartition(".")
         if parameter.dim() < 2 or id(parameter) in quantized:
             continue
-        if attribute == "weight" and module in layers:
-            left[module] = reasons[module]
+        if id(parameter) in owners:
+            left[owners[id(parameter)]] = reasons[owners[id(parameter)]]
         elif name not in used_by:
             left[name] = "never reached"
         else:

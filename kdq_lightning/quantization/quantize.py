@@ -149,7 +149,7 @@ def _quantize(
 ) -> dict[int, Quantized]:
     network = copy_for_walk(model)
     calibration = place_among_all(fit_images(network, images) if len(images) else images, seed)
-    plan = agreed(probe(network, calibration.images))
+    plan = agreed(probe(network, model, calibration.images))
     groups = split_by_memory(network, plan, recipes, calibration.share, max_memory_gb * 1e9)
     total = len(plan.samples) * len(groups)
     done = 0

@@ -124,7 +124,8 @@ def match_moments(gram: Gram, levels: Tensor, scale: Tensor) -> tuple[Tensor, Te
     """Give each output channel the float network's mean and deviation over the rows gathered.
 
     With y = Xw + b and ŷ = X̃q + b: s <- s·σ_y/σ_ŷ, b <- μ_y - (σ_y/σ_ŷ)(μ_ŷ - b). The ratio is 1 if there are fewer
-    than two rows, or if either variance is so small a part of its second moment that it may be noise.
+    than two rows, or if either variance is so small a part of the second moment, of the sum or of its terms, that it
+    may be noise.
 
     Returns:
         The scale and what the bias gains, (groups, 1, neurons) each.
@@ -134,8 +135,9 @@ def match_moments(gram: Gram, levels: Tensor, scale: Tensor) -> tuple[Tensor, Te
     q_mean = gram.x_sum @ weight / gram.rows
     y_variance = gram.y_square / gram.rows - y_mean.square()
     q_variance = (weight * (gram.A @ weight)).sum(1, keepdim=True) / gram.rows - q_mean.square()
-    flat = y_variance <= FLAT * gram.y_square / gram.rows
-    flat |= q_variance <= FLAT * (q_variance + q_mean.square())
+    terms = (weight.square() * gram.A.diagonal(dim1=1, dim2=2).unsqueeze(2)).sum(1, keepdim=True) / gram.rows
+    flat = y_variance <= FLAT * torch.maximum(gram.y_square / gram.rows, terms)
+    flat |= q_variance <= FLAT * torch.maximum(q_variance + q_mean.square(), terms)
     if gram.rows < 2:
         flat = torch.ones_like(flat)
     ratio = torch.where(flat, 1.0, y_variance / torch.where(flat, 1.0, q_variance)).clamp(min=0).sqrt()
