@@ -76,6 +76,14 @@ def test_calibration_error(scale: float):
     assert evaluator.evaluation().ece == pytest.approx(calibration_error(logits, labels), abs=1e-9)
 
 
+def test_a_confidence_of_one_belongs_to_the_last_bin():
+    """By hand: ten images at 0.95, all right, and one at 1, wrong: |10 · (1 - 0.95) + (0 - 1)| / 11."""
+    logits = torch.tensor([[0.95, 0.05]] * 10 + [[1, 0]], dtype=torch.float64).log()
+    evaluator = Evaluator()
+    evaluator.update(logits, torch.tensor([0] * 10 + [1]), torch.arange(11))
+    assert evaluator.evaluation().ece == pytest.approx(100 * 0.5 / 11)
+
+
 def test_order_of_batches_and_empty_ones():
     """The vectors are in the order of the index, whatever order the images came in."""
     logits, labels = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 4
