@@ -1,6 +1,7 @@
 """LightningModules: what each strategy minimises, the teacher's rest, schedules, and clipping a peer at a time."""
 
 import copy
+import gc
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -264,3 +265,43 @@ def test_a_loaded_module_answers_on_its_own(teacher_run: Path):
     module = Classifier.load_from_checkpoint(teacher_run / "version_0/checkpoints/best.ckpt", weights_only=True).eval()
     inputs = normalize(VIEW.images, CIFARDataModule("cifar10").statistics)
     torch.testing.assert_close(module(VIEW.images), module.network(inputs), rtol=1e-4, atol=1e-4)
+
+
+class WithoutLosses(Distillation):
+    """Says nothing of what it minimises."""
+
+
+class OwnNameWithoutLosses(Classifier):
+    """Would be called something else than the control, and train as it."""
+
+    def __init__(self, strategy: str = "lossless", **kwargs):
+        super().__init__(strategy=strategy, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [(WithoutLosses, {"teacher": "unused"}), (OwnNameWithoutLosses, {})], ids=str
+)
+def test_a_strategy_without_losses_is_refused(kind: type[Classifier], arguments: dict):
+    with pytest.raises(UserError, match=rf"^{kind.__name__} has no method losses\(view\)"):
+        kind(**SMALL, **arguments)
+
+
+def test_a_strategy_s_name_is_free_but_claimed_once():
+    """By a class's own default; what one calls a single run is one's own affair."""
+
+    class First(VanillaKD):
+        def __init__(self, strategy: str = "mine", **kwargs):
+            super().__init__(strategy=strategy, **kwargs)
+
+    assert First(teacher="unused", **SMALL).strategy == "mine"
+    assert VanillaKD(teacher="unused", strategy="mine", **SMALL).strategy == "mine"
+
+    class Second(DecoupledKD):
+        def __init__(self, strategy: str = "mine", **kwargs):
+            super().__init__(strategy=strategy, **kwargs)
+
+    for kind in (First, Second):
+        with pytest.raises(UserError, match="both claim the strategy name 'mine'"):
+            kind(teacher="unused", **SMALL)
+    del First, Second, kind
+    gc.collect()  # other tests' classes may claim it again

@@ -16,7 +16,7 @@ LOSSES = "losses.py"
 MUTATIONS = {
     "none": (LOSSES, "", ""),
     "BatchNorm in train mode while evaluating": (
-        "modules/classifier.py",
+        "modules/evaluated.py",
         "{name: network(images).float()",
         "{name: network.train()(images).float()",
     ),
@@ -62,8 +62,8 @@ MUTATIONS = {
         "normalize(images, self.statistics)",
         "normalize(images, type(self.statistics)((0.5,) * 3, (0.2,) * 3))",
     ),
-    "schedule stepped by epoch": ("modules/classifier.py", '"interval": "step"', '"interval": "epoch"'),
-    "weight decay on BatchNorm": ("modules/classifier.py", "if decayed else 0.0", "if True else 0.0"),
+    "schedule stepped by epoch": ("modules/optimization.py", '"interval": "step"', '"interval": "epoch"'),
+    "weight decay on BatchNorm": ("modules/optimization.py", "if decayed else 0.0", "if True else 0.0"),
 }
 
 

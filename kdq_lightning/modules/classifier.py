@@ -1,24 +1,21 @@
 """The supervised classifier, which is the teacher and the control, and the base that every strategy stands on."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from kdq_lightning.data.augmentation import View
-from kdq_lightning.data.images import Batch
-from kdq_lightning.data.normalization import Channels, Statistics, normalize
+from kdq_lightning.data.normalization import Channels
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import cross_entropy
-from kdq_lightning.modules import muon
-from kdq_lightning.modules.muon import Muon
-from kdq_lightning.modules.schedule import Cycle, one_cycle
+from kdq_lightning.modules.evaluated import EvaluatedModule
+from kdq_lightning.modules.optimization import KERNEL_LEARNING_RATE, Cycles, configure_optimizer, muon_kernels
+from kdq_lightning.modules.schedule import one_cycle
 from kdq_lightning.modules.scores import Scores
+from kdq_lightning.modules.strategy_names import check_strategy
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.training_epoch import TrainingEpoch
 from kdq_lightning.networks import build_network
@@ -33,11 +30,7 @@ from kdq_lightning.runs.checkpoints import (
     network_state,
 )
 
-Strategy = Literal["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml", "recover"]
-
 PRINTED = ("train/loss", "train/top1", "val/loss", "val/top1", "val/agreement", "train/images_per_second")
-
-MUON_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 _WEIGHTS_FLAGS = ("--model.init_args.network", "--model.init_args.weights_mean", "--model.init_args.weights_std")
 
@@ -52,7 +45,7 @@ class Losses(NamedTuple):
     logits: Tensor | None
 
 
-class Classifier(LightningModule):
+class Classifier(EvaluatedModule):
     """Trains one network on labels: the teacher, and the control, which is the student without a teacher.
 
     A strategy overrides `losses`; one with several networks also `networks`; one whose network is quantized already
@@ -71,7 +64,7 @@ class Classifier(LightningModule):
         weights: str | None = None,
         weights_mean: Channels | None = None,
         weights_std: Channels | None = None,
-        strategy: Strategy = "control",
+        strategy: str = "control",
         optimizer: Literal["muon"] | None = None,
         kernel_learning_rate: float | None = None,
     ) -> None:
@@ -87,19 +80,20 @@ class Classifier(LightningModule):
                 `.safetensors` state dict.
             weights_mean: Channel means of the inputs that a plain state dict was trained on.
             weights_std: Their channel deviations.
-            strategy: What records call this run.
+            strategy: What records call this run; any name will do.
             optimizer: None is SGD; `muon` trains the convolutions' kernels, all but the stem's, by `muon.Muon`.
             kernel_learning_rate: Muon's rate of these kernels, 0.2 if not given, which falls linearly to 0 from the
                 start; `learning_rate` is that of all other parameters.
 
         Raises:
-            UserError: If the network is unknown or a number is out of range.
+            UserError: If the network is unknown, a number is out of range, or the class is no strategy of its own.
         """
         super().__init__()
+        check_strategy(type(self), Classifier)
         self.save_hyperparameters()
         if kernel_learning_rate is not None and optimizer != "muon":
             raise UserError("kernel_learning_rate belongs to Muon: give --model.init_args.optimizer muon, too")
-        self.kernel_learning_rate = 0.2 if kernel_learning_rate is None else kernel_learning_rate
+        self.kernel_learning_rate = KERNEL_LEARNING_RATE if kernel_learning_rate is None else kernel_learning_rate
         check_range("kernel_learning_rate", self.kernel_learning_rate, low=0, high=1e3)
         check_range("learning_rate", learning_rate, low=0, high=1e3)
         check_range("weight_decay", weight_decay, low=0, including_low=True)
@@ -109,7 +103,6 @@ class Classifier(LightningModule):
         self.optimizer = optimizer
         self.weights = weights
         self.weights_description = Description(network, weights_mean, weights_std, _WEIGHTS_FLAGS)
-        self.statistics: Statistics | None = None  # of the inputs that the networks expect; known from setup on
         self._build_networks()
         for module in self.networks().values():
             module.to(memory_format=torch.channels_last)
@@ -161,20 +154,6 @@ class Classifier(LightningModule):
         logits = self(view.resized)
         ce = cross_entropy(logits, view.labels)
         return Losses(ce, {"ce": ce}, logits)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (batch, classes) of images (batch, channels, h, w) in [0, 1]; of peers, the first one's."""
-        logits: Tensor = next(iter(self.networks().values()))(self.normalized(images))
-        return logits
-
-    def normalized(self, images: Tensor) -> Tensor:
-        """Return images in [0, 1] as inputs of the networks: normalised, and in the memory format of convolutions.
-
-        Args:
-            images: (batch, channels, h, w).
-        """
-        assert self.statistics is not None, "setup or a checkpoint gives the statistics"
-        return normalize(images, self.statistics).contiguous(memory_format=torch.channels_last)
 
     # --- weights and statistics
 
@@ -229,44 +208,21 @@ class Classifier(LightningModule):
     # --- training
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """SGD with Nesterov momentum 0.9, or Muon, under `one_cycle`, per step; see `cycles` for what runs when."""
+        """Return the optimizer under `cycles`, per step: SGD, or Muon, whose learning rate has no warm-up."""
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise UserError("the learning rate needs an end: give --trainer.max_epochs or --trainer.max_steps")
-        kernels = self._muon_kernels()
-        groups: list[dict[str, Any]] = []
-        shapes: list[Cycle] = []
-        for (modules, shape), (_, kernel_shape) in zip(
-            self.cycles(int(total), self.warmup), self.cycles(int(total), warmup=0), strict=True
-        ):
-            parameters = [parameter for module in modules for parameter in module.parameters()]
-            for decayed in (True, False):
-                chosen = [p for p in parameters if (p.ndim > 1) == decayed and id(p) not in kernels]
-                groups.append({"params": chosen, "weight_decay": self.weight_decay if decayed else 0.0})
-                shapes.append(shape)
-            if chosen := [parameter for parameter in parameters if id(parameter) in kernels]:
-                groups.append({"params": chosen, "lr": self.kernel_learning_rate, "momentum": 0.6, "orthogonal": True})
-                shapes.append(kernel_shape)
-        optimizer: torch.optim.Optimizer = (
-            Muon(groups, self.learning_rate)
-            if kernels
-            else torch.optim.SGD(groups, self.learning_rate, momentum=0.9, nesterov=True)
+        use_muon = self.optimizer == "muon"
+        return configure_optimizer(
+            self.cycles(int(total), self.warmup),
+            self.cycles(int(total), warmup=0),
+            muon_kernels(self.networks().values(), str(self.trainer.precision)) if use_muon else set(),
+            self.learning_rate,
+            self.kernel_learning_rate,
+            self.weight_decay,
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shapes)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _muon_kernels(self) -> set[int]:
-        """Return the identities of the parameters that Muon trains; none with SGD."""
-        if self.optimizer is None:
-            return set()
-        if str(self.trainer.precision) not in MUON_PRECISIONS:
-            raise UserError(
-                f"optimizer muon keeps its weights in float32: give --trainer.precision one of"
-                f" {', '.join(MUON_PRECISIONS)}, not {self.trainer.precision}"
-            )
-        return {id(kernel) for kernel in muon.kernels(self.networks().values())}
-
-    def cycles(self, total: int, warmup: float) -> list[tuple[list[nn.Module], Cycle]]:
+    def cycles(self, total: int, warmup: float) -> Cycles:
         """Return groups of modules, each with its learning rate over the steps.
 
         Args:
@@ -335,44 +291,3 @@ class Classifier(LightningModule):
         shown = [name for name in PRINTED if name in metrics]
         line = "  ".join(f"{name} {float(metrics[name]):.4g}" for name in shown)
         self.print(f"epoch {self.current_epoch + 1}/{self.trainer.max_epochs}  {line}", flush=True)
-
-    # --- evaluation
-
-    @property
-    def fitting(self) -> bool:
-        """Whether `Trainer.fit` is running, its validation included."""
-        return self.trainer.state.fn == TrainerFn.FITTING
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count hits; in the training precision while training, else in float32."""
-        with nullcontext() if self.fitting else torch.autocast(self.device.type, enabled=False):
-            self._evaluate(batch, batch_idx)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count hits, in float32."""
-        self.validation_step(batch, batch_idx)
-
-    def _evaluate(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Measure a batch and return each network's logits (batch, classes)."""
-        images = self.normalized(batch.images)
-        logits = {name: network(images).float() for name, network in self.networks().items()}
-        self.scores.update(logits, batch.labels, batch.index)
-        return logits
-
-    def on_validation_epoch_end(self) -> None:
-        """Log what validation found; accuracies in percent."""
-        self._log_scores("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log what the test found; accuracies in percent."""
-        self._log_scores("test")
-
-    def _log_scores(self, split: str) -> None:
-        logs = {f"{split}/{key}": value for key, value in self.scores.compute_and_reset().items()}
-        self.log_dict(logs | ({"step": float(self.global_step)} if self.fitting else {}))
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return image indices, top-1 classes and their probabilities, each (batch,), in float32."""
-        with torch.autocast(self.device.type, enabled=False):
-            probability, top1 = self(batch.images).float().softmax(1).max(1)
-        return batch.index, top1, probability

@@ -5,7 +5,7 @@ from typing import Any
 from kdq_lightning.data.augmentation import View
 from kdq_lightning.errors import check_range
 from kdq_lightning.losses import cross_entropy, dkd_parts
-from kdq_lightning.modules.classifier import Losses, Strategy
+from kdq_lightning.modules.classifier import Losses
 from kdq_lightning.modules.distillation import Distillation
 
 
@@ -17,7 +17,7 @@ class DecoupledKD(Distillation):
         alpha: float = 1.0,
         beta: float = 8.0,
         temperature: float = 4.0,
-        strategy: Strategy = "dkd",
+        strategy: str = "dkd",
         **kwargs: Any,
     ) -> None:
         """Set the three knobs.

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from kdq_lightning.data.augmentation import View
 from kdq_lightning.errors import UserError
 from kdq_lightning.losses import mutual_loss
-from kdq_lightning.modules.classifier import Classifier, Losses, Strategy
+from kdq_lightning.modules.classifier import Classifier, Losses
 from kdq_lightning.modules.scores import Scores
 from kdq_lightning.networks import build_network
 from kdq_lightning.runs.checkpoints import TrainedNetwork
@@ -23,7 +23,7 @@ class MutualLearning(Classifier):
     constants to each other, is the same update as an optimizer each.
     """
 
-    def __init__(self, networks: list[str], num_classes: int, strategy: Strategy = "dml", **kwargs: Any) -> None:
+    def __init__(self, networks: list[str], num_classes: int, strategy: str = "dml", **kwargs: Any) -> None:
         """Build the peers.
 
         Args:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdq_lightning.data.augmentation import View
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import hint_loss
-from kdq_lightning.modules.classifier import Classifier, Losses, Strategy
+from kdq_lightning.modules.classifier import Classifier, Losses
 from kdq_lightning.modules.schedule import Cycle, one_cycle
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.vanilla import VanillaKD
@@ -25,7 +25,7 @@ class HintKD(VanillaKD):
     momentum and the learning rate's cycle started afresh. r is no part of the exported student.
     """
 
-    def __init__(self, hint_share: float = 0.2, strategy: Strategy = "hint", **kwargs: Any) -> None:
+    def __init__(self, hint_share: float = 0.2, strategy: str = "hint", **kwargs: Any) -> None:
         """Set the length of stage 1.
 
         Args:

@@ -8,7 +8,7 @@ import numpy as np
 from kdq_lightning.data.augmentation import View
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import cross_entropy, kd_loss, mixup, partner
-from kdq_lightning.modules.classifier import Losses, Strategy
+from kdq_lightning.modules.classifier import Losses
 from kdq_lightning.modules.distillation import Distillation
 
 
@@ -24,7 +24,7 @@ class MixupKD(Distillation):
         label_weight: float = 0.0,
         temperature: float = 1.0,
         mixup_alpha: float = 1.0,
-        strategy: Strategy = "mixup",
+        strategy: str = "mixup",
         **kwargs: Any,
     ) -> None:
         """Set the three knobs.

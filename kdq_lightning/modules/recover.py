@@ -15,7 +15,7 @@ from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.files import file_digest
 from kdq_lightning.losses import kd_loss
-from kdq_lightning.modules.classifier import Classifier, Losses, Strategy
+from kdq_lightning.modules.classifier import Classifier, Losses
 from kdq_lightning.modules.distillation import Distillation
 from kdq_lightning.modules.schedule import Cycle, one_cycle
 from kdq_lightning.modules.teacher import Teacher
@@ -43,7 +43,7 @@ class Recover(Distillation):
         method: str | None = None,
         temperature: float = 4.0,
         learning_rate: float = 0.002,
-        strategy: Strategy = "recover",
+        strategy: str = "recover",
         **kwargs: Any,
     ) -> None:
         """Name the packed file; it is read when training starts.

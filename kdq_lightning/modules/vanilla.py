@@ -5,7 +5,7 @@ from typing import Any
 from kdq_lightning.data.augmentation import View
 from kdq_lightning.errors import check_range
 from kdq_lightning.losses import cross_entropy, kd_loss
-from kdq_lightning.modules.classifier import Losses, Strategy
+from kdq_lightning.modules.classifier import Losses
 from kdq_lightning.modules.distillation import Distillation
 
 
@@ -16,7 +16,7 @@ class VanillaKD(Distillation):
     """
 
     def __init__(
-        self, label_weight: float = 0.1, temperature: float = 4.0, strategy: Strategy = "vanilla", **kwargs: Any
+        self, label_weight: float = 0.1, temperature: float = 4.0, strategy: str = "vanilla", **kwargs: Any
     ) -> None:
         """Set the two knobs.
 
