@@ -186,7 +186,7 @@ def test_resume_after_the_last_step(images: Path, workspace: Path):
         path.unlink()
     assert fit("control_cpu", images, small, "--ckpt_path=last") == 0
     assert (version / "finished").exists()
-    assert len((version / "quantized.csv").read_text().splitlines()) == len(before) == 3
+    assert len((version / "quantized.csv").read_text().splitlines()) == len(before) == 4
 
 
 def test_resume_refuses_another_teacher(images: Path, teacher_run: Path, workspace: Path, capsys):

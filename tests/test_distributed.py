@@ -98,13 +98,13 @@ def test_same_quantized_table(ranks: int, workspace: Path):
     one, two = Path("runs/quickstart/version_0"), Path("runs/quickstart-quantized/version_0")
     inexact = {"nll", "ece", "relative_error"}  # sums of float32 outputs, whose last digits depend on the batch
     records = [[vars(record) for record in read_records(version)] for version in (one, two)]
-    assert len(records[0]) == len(records[1]) == 6
+    assert len(records[0]) == len(records[1]) == 10
     for mine, theirs in zip(*records, strict=True):
         for name in mine.keys() - {"run", "config_hash", "seconds"}:
             expected = pytest.approx(mine[name], rel=1e-5) if name in inexact and mine[name] else mine[name]
-            assert theirs[name] == expected, (mine["peer"], mine["bits"], name)
+            assert theirs[name] == expected, (mine["peer"], mine["method"], mine["bits"], name)
     vectors = read_correct(one), read_correct(two)
-    assert vectors[0].keys() == vectors[1].keys() and len(vectors[0]) == 12
+    assert vectors[0].keys() == vectors[1].keys() and len(vectors[0]) == 20
     assert all(torch.equal(vector, vectors[1][key]) for key, vector in vectors[0].items())
 
 

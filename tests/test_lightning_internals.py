@@ -20,6 +20,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch.utils.tensorboard import SummaryWriter
 
 from kdq_lightning.training.callbacks import checkpoint_callbacks
@@ -31,6 +32,7 @@ from kdq_lightning.training.lightning_internals import (
     pass_on_signal,
     started_processes,
     write_hyperparameters,
+    write_margin_charts,
 )
 
 PACKAGE = Path(__file__).resolve().parents[1] / "kdq_lightning"
@@ -190,7 +192,7 @@ def test_no_process_was_started():
 
 def test_hyperparameters_go_into_the_runs_own_events(tmp_path: Path):
     with SummaryWriter(str(tmp_path)) as writer:
-        write_hyperparameters(writer, {"network": "resnet8", "seed": 3}, {"quantized/float": 90.0})
+        write_hyperparameters(writer, {"network": "resnet8", "seed": 3}, ["quantized/float"])
     events = EventAccumulator(str(tmp_path)).Reload()
     broken = "torch writes hyper-parameters in another way: TensorBoard's HParams tab would be empty"
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(events.summary_metadata), broken
@@ -198,6 +200,21 @@ def test_hyperparameters_go_into_the_runs_own_events(tmp_path: Path):
     assert b"resnet8" in content and b"seed" in content, broken
     assert b"quantized/float" in events.summary_metadata["_hparams_/experiment"].plugin_data.content, broken
     assert len(list(tmp_path.iterdir())) == 1, broken  # no run beside it
+
+
+def test_margin_charts_are_laid_out(tmp_path: Path):
+    """As many series a chart as are given, where `SummaryWriter.add_custom_scalars` takes one."""
+    series = [("a", "a_low", "a_high"), ("b", "b_low", "b_high")]
+    with SummaryWriter(str(tmp_path)) as writer:
+        write_margin_charts(writer, "quantized", {"accuracy": series})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    broken = "torch writes summaries in another way: TensorBoard's custom scalars would be empty"
+    assert "custom_scalars__config__" in events.summary_metadata, broken
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    (group,) = layout.category
+    (chart,) = group.chart
+    assert (group.title, chart.title) == ("quantized", "accuracy")
+    assert [(one.value, one.lower, one.upper) for one in chart.margin.series] == series
 
 
 NAMED_TUPLE = ("_asdict", "_replace")  # public, for all their names

@@ -60,10 +60,14 @@ own_config_or_options = pytest.mark.parametrize("own", [True, False], ids=["own_
 
 
 def command(verb: str, name: str, own: bool = False, epochs: int = 3) -> list[str]:
-    """Return a command with the settings of an old run: by its own config.yaml, or option by option."""
+    """Return a command with the settings of an old run: by its own config.yaml, or option by option.
+
+    Its quantization is by the one method that there was.
+    """
+    method = "--quantization.methods=[default]"
     if own:
-        return [verb, "--config", f"runs/{name}/version_0/config.yaml"]
-    return [verb, *MODELS[name], *SETTINGS, f"--name={name}", f"--trainer.max_epochs={epochs}"]
+        return [verb, "--config", f"runs/{name}/version_0/config.yaml", method]
+    return [verb, *MODELS[name], *SETTINGS, f"--name={name}", f"--trainer.max_epochs={epochs}", method]
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

@@ -20,22 +20,24 @@ import yaml
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import kdq_lightning.files
 import kdq_lightning.quantization.packing
 import kdq_lightning.runs.records
 import kdq_lightning.runs.tables
 from kdq_lightning.cli import main
 from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule
+from kdq_lightning.data.normalization import normalize
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.networks import build_network
-from kdq_lightning.quantization import load_packed
+from kdq_lightning.quantization import load_packed, quantize
 from kdq_lightning.quantization.packing import read_metadata
 from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.runs.config_hash import config_hash
 from kdq_lightning.runs.records import Record, read_correct, read_layers, read_records
-from kdq_lightning.training import post_training
+from kdq_lightning.training import post_training, trained_run
 from kdq_lightning.training.callbacks import checkpoint_callbacks
-from kdq_lightning.training.dashboard import Dashboard
+from kdq_lightning.training.dashboard import Dashboard, interval
 from kdq_lightning.training.post_training import PostTrainingQuantization
 from kdq_lightning.training.trainer import Trainer
 from tests.conftest import FEW_STEPS, config
@@ -44,8 +46,9 @@ BITS = (2, 3, 8)
 QUICK = [
     *("--config", config("quickstart"), "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
     *("--model=Classifier", "--model.network=resnet8", "--model.learning_rate=0.1", "--trainer.max_epochs=3"),
-    *("--quantization.bits=[2,3,8]", "--quantization.calibration_images=64"),
+    *("--quantization.bits=[2,3,8]", "--quantization.calibration_images=64", "--quantization.methods=[default]"),
 ]
+BOTH = "--quantization.methods=[default,gpfq]"
 
 
 class Killed(BaseException):
@@ -156,10 +159,11 @@ def test_events(run: Path):
     records = read_records(run)
     floats = records.pop()
     tags = {tag for tag in events.Tags()["scalars"] if tag.startswith(("quantized", "layer_error"))}
+    curves = ("accuracy_vs_bits", "float_accuracy", "agreement_vs_bits", "accuracy_vs_bytes")
     assert tags == {
-        *(f"quantized/{name}" for name in ("accuracy_vs_bits", "float_accuracy", "agreement_vs_bits")),
-        *("quantized/accuracy_vs_bytes", "quantized/accuracy_2bit", "quantized/accuracy_3bit"),
-        *("quantized/accuracy_8bit", "layer_error/2bit", "layer_error/3bit", "layer_error/8bit"),
+        *(f"quantized/{name}{end}" for name in curves for end in ("", "_low", "_high")),
+        *("quantized/accuracy_2bit", "quantized/accuracy_3bit", "quantized/accuracy_8bit", "quantized/float"),
+        *("layer_error/2bit", "layer_error/3bit", "layer_error/8bit"),
     }
 
     def points(tag: str) -> list[tuple[int, float]]:
@@ -170,12 +174,16 @@ def test_events(run: Path):
     assert points("quantized/agreement_vs_bits") == [(record.bits, record.agreement_float) for record in records]
     assert points("quantized/accuracy_vs_bytes") == [(record.packed_bytes, record.test_top1) for record in records]
     assert points("quantized/accuracy_2bit") == [(0, records[0].test_top1)]
+    assert points("quantized/float") == [(0, floats.test_top1)]
+    for end, bound in (("low", 0), ("high", 1)):
+        bounds = [interval(record.test_top1, 359)[bound] for record in records]
+        assert points(f"quantized/accuracy_vs_bits_{end}") == list(zip(BITS, bounds, strict=True))
     layers = [layer for layer in read_layers(run) if layer.bits == 3]
     assert points("layer_error/3bit") == [(i, layer.relative_error) for i, layer in enumerate(layers)]
     assert [event.step for event in events.Images("quantized/figure")] == [0]
     text = events.Tensors("quantized/table/text_summary")
     markdown = text[0].tensor_proto.string_val[0].decode()
-    assert len(text) == 1 and f"| 2 | 4 | {records[0].packed_bytes / 1000:.1f} |" in markdown
+    assert len(text) == 1 and f"| default | 2 | 4 | {records[0].packed_bytes / 1000:.1f} |" in markdown
     assert {"custom_scalars__config__", "_hparams_/session_start_info"} <= set(events.summary_metadata)
     assert [event.step for event in events.Scalars("train/loss")] == [20, 40, 60]  # training's own points still stand
 
@@ -196,7 +204,7 @@ def test_resuming_keeps_the_points(run: Path):
 def kill_at(monkeypatch: pytest.MonkeyPatch, write: int) -> None:
     """Let the process die before its nth write; counted from 0."""
     done = 0
-    real = kdq_lightning.runs.records.write_atomically
+    real = kdq_lightning.files.write_atomically
 
     def counted(path: Path, content: bytes) -> None:
         nonlocal done
@@ -205,9 +213,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, write: int) -> None:
         done += 1
         real(path, content)
 
-    monkeypatch.setattr(kdq_lightning.runs.records, "write_atomically", counted)
-    monkeypatch.setattr(kdq_lightning.runs.tables, "write_atomically", counted)
-    monkeypatch.setattr(kdq_lightning.quantization.packing, "write_atomically", counted)
+    for module in (kdq_lightning.runs.records, kdq_lightning.runs.tables, kdq_lightning.quantization.packing):
+        monkeypatch.setattr(module, "write_atomically", counted)
 
 
 WRITES = 3 + 4 * len(BITS)  # layers, vectors and row of each; a packed file of each but the float network
@@ -245,6 +252,97 @@ def test_killed_and_resumed(write: int, run: Path, widths: list[list[int]], monk
     left = [bits for bits in BITS if bits not in finished]
     assert widths == ([left] if left else [])
     assert table(run) == expected and contents(run) == files
+
+
+def test_methods_side_by_side(run: Path, digits: DigitsDataModule, monkeypatch: pytest.MonkeyPatch):
+    """`gpfq` is added to a finished run: the float network is evaluated once, `default` stays to the byte.
+
+    Its rows, files and vectors are those of the published recursion, computed here directly.
+    """
+    rows, files, evaluated = table(run), contents(run / "packed"), []
+    real = trained_run.evaluate
+    monkeypatch.setattr(trained_run, "evaluate", lambda *args: evaluated.append(args[0]) or real(*args))
+    assert main(["fit", *QUICK, "--ckpt_path=last", BOTH]) == 0
+    assert len(evaluated) == 2 * (1 + len(BITS)) and len(set(map(id, evaluated))) == 1 + len(BITS)
+    records, correct = read_records(run), read_correct(run)
+    found = [(record.method, record.bits, record.levels) for record in records]
+    assert found[3:6] == [("gpfq", 2, 5), ("gpfq", 3, 9), ("gpfq", 8, 257)] and found[6] == ("", 32, None)
+    assert [row for row in table(run) if row["method"] != "gpfq"] == rows
+    after = contents(run / "packed")
+    assert all(after.pop(name) == content for name, content in files.items())
+    assert set(after) == {f"resnet8-gpfq-paper-{bits}bit.safetensors" for bits in BITS}
+    network, statistics = load_trained(run)["resnet8"].build(), digits.statistics
+    calibration = normalize(digits.calibration_images(64)[0], statistics)
+    for bits, official in quantize(network, [calibration], BITS, mode="official").items():
+        path = run / "packed" / f"resnet8-gpfq-paper-{bits}bit.safetensors"
+        packed = load_packed(path, build_network("resnet8", 10)).eval()
+        with torch.no_grad():
+            for mine, theirs in zip(packed.state_dict().values(), official.model.state_dict().values(), strict=True):
+                torch.testing.assert_close(mine, theirs) if mine.is_floating_point() else None
+            hits = packed(normalize(digits.test_set.images, statistics)).argmax(1) == digits.test_set.labels
+        assert torch.equal(correct[f"resnet8/test/gpfq/{bits}"], hits)
+        assert read_metadata(path)["method"] == "gpfq" and read_metadata(path)["bits"] == str(bits)
+    events = EventAccumulator(str(run)).Reload()
+    for record in records[3:6]:
+        (point,) = [e for e in events.Scalars("quantized/accuracy_vs_bits_gpfq") if e.step == record.bits]
+        assert point.value == pytest.approx(record.test_top1, abs=1e-4)
+    assert [e.step for e in events.Scalars("quantized/accuracy_vs_bytes_gpfq")] == [
+        r.packed_bytes for r in records[3:6]
+    ]
+    assert [e.step for e in events.Scalars("quantized/accuracy_vs_bits")] == list(BITS)
+    assert [e.step for e in events.Scalars("quantized/float_accuracy")] == list(BITS)
+    assert main(["fit", *QUICK, "--ckpt_path=last", BOTH]) == 1  # nothing is left
+
+
+def test_killed_between_two_methods(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is done twice: the engine is asked for `gpfq` alone, and only the float network is evaluated again."""
+    forget(run)
+    asked: list[tuple[str | None, list[int]]] = []
+    real = post_training.quantize
+
+    def quantize_or_die(network, batches, bits, **options):
+        asked.append((options.get("mode"), list(bits)))
+        if options.get("mode") and len(asked) == 2:
+            raise Killed
+        return real(network, batches, bits, **options)
+
+    monkeypatch.setattr(post_training, "quantize", quantize_or_die)
+    with pytest.raises(Killed):
+        main(["fit", *QUICK, "--ckpt_path=last", BOTH])
+    before = table(run), contents(run / "packed")
+    assert [row["method"] for row in before[0]] == ["default"] * 3 + [""]
+    assert main(["fit", *QUICK, "--ckpt_path=last", BOTH]) == 0
+    assert asked == [(None, list(BITS)), ("official", list(BITS)), ("official", list(BITS))]
+    assert [row for row in table(run) if row["method"] != "gpfq"] == before[0]
+    assert before[1].items() <= contents(run / "packed").items()
+    assert len(table(run)) == 2 * len(BITS) + 1
+
+
+def test_a_user_s_choice_is_a_method_of_its_own(run: Path):
+    """A codebook or solver given makes `default` to `custom`, under another hash and another name."""
+    arguments = ["quantize", *QUICK, "--ckpt_path=runs/quickstart", BOTH, "--quantization.bits=[3]"]
+    assert main([*arguments, "--quantization.codebook=signed", "--quantization.solver=gptq"]) == 0
+    version = Path("runs/quickstart-quantized/version_0")
+    records = read_records(version)
+    assert [(record.method, record.solver, record.codebook) for record in records] == [
+        ("custom", "gptq", "signed"),
+        ("gpfq", "gpfq", "paper"),
+        ("", "", ""),
+    ]
+    names = {"resnet8-custom-signed-3bit.safetensors", "resnet8-gpfq-paper-3bit.safetensors"}
+    assert {path.name for path in (version / "packed").iterdir()} == names
+    keys = {f"resnet8/{split}/{rest}" for split in ("val", "test") for rest in ("custom/3", "gpfq/3", "32")}
+    assert set(read_correct(version)) == keys
+    tags = set(EventAccumulator(str(version)).Reload().Tags()["scalars"])
+    assert {"quantized/accuracy_vs_bits_custom", "quantized/accuracy_vs_bits_gpfq"} <= tags
+    assert "quantized/accuracy_vs_bits" not in tags
+
+
+@pytest.mark.parametrize(("percent", "images"), [(100, 20), (97.5, 40), (0, 7), (61.25, 10000)])
+def test_the_interval_of_a_share_of_images(percent: float, images: int):
+    proportion = pytest.importorskip("statsmodels.stats.proportion")
+    low, high = proportion.proportion_confint(round(percent * images / 100), images, method="wilson")
+    assert interval(percent, images) == pytest.approx((100 * low, 100 * high))
 
 
 DIES_AFTER_PACKING = """
@@ -290,7 +388,7 @@ def test_sigkill(command: str, run: Path, widths: list[list[int]]):
 def test_terminated(run: Path, monkeypatch: pytest.MonkeyPatch):
     """SIGTERM, which Lightning only notes, ends the command with 143 before the next image or layer."""
     forget(run)
-    real = kdq_lightning.runs.records.write_atomically
+    real = kdq_lightning.files.write_atomically
 
     def terminate(path: Path, content: bytes) -> None:
         real(path, content)
@@ -365,7 +463,7 @@ def test_the_trained_module_stays_as_it_is(workspace: Path):
     (before, mode), (after, mode_after) = snapshots[0]
     assert mode == mode_after and before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert [record.bits for record in read_records(Path("runs/mine/version_0"))] == [4, 32]
+    assert [record.bits for record in read_records(Path("runs/mine/version_0"))] == [4, 4, 32]
 
 
 def fit(*arguments: str) -> list[Record]:
@@ -412,6 +510,10 @@ BAD = [
     ("--quantization.bits=[0]", "bit"),
     ("--quantization.bits=[]", "one or more"),
     ("--quantization.bits=[2,2]", "different"),
+    ("--quantization.methods=[]", "methods are one or more different ones of default, gpfq"),
+    ("--quantization.methods=[gpfq,gpfq]", "different ones"),
+    ("--quantization.methods=[default,magic]", "unknown method 'magic': choose one or more of default, gpfq"),
+    ("--quantization.methods=[gpfq] --quantization.solver=gptq", "solver change the method default, which is not"),
     ("--quantization.codebook=octal", "octal"),
     ("--quantization.solver=magic", "magic"),
     ("--quantization.calibration_images=5000", "5000 calibration images"),
@@ -422,7 +524,7 @@ BAD = [
 def test_bad_options(option: str, sentence: str, workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Refused before training, in one sentence, and nothing is left behind."""
     try:
-        assert main(["fit", *QUICK, option]) == 1
+        assert main(["fit", *QUICK, *option.split()]) == 1
     except SystemExit as stop:
         assert stop.code == 2
     error = capsys.readouterr().err

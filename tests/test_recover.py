@@ -39,7 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def packed_of(run: Path) -> Path:
-    (path,) = run.glob("version_0/packed/*-2bit.safetensors")
+    (path,) = run.glob("version_0/packed/resnet8-midrise-2bit.safetensors")  # by the method default
     return path
 
 

@@ -1,24 +1,25 @@
 """Everything that is written to TensorBoard."""
 
+import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from statistics import NormalDist, fmean
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from kdq_lightning.report.figures import accuracy_figure
-from kdq_lightning.runs.records import FLOAT_BITS, LayerRecord, Record
+from kdq_lightning.runs.identity import DEFAULT_METHOD, MIXED_METHOD
+from kdq_lightning.runs.records import FLOAT_BITS, LayerRecord, Record, identity
 from kdq_lightning.runs.versions import next_number, version_folder
-from kdq_lightning.training.lightning_internals import write_hyperparameters
+from kdq_lightning.training.lightning_internals import write_hyperparameters, write_margin_charts
+from kdq_lightning.training.result_tables import markdown_table
 
 SUFFIX = ".quantized"  # of the event file that quantization writes, whole
-COLUMNS = ("bits", "levels", "kB", "val top-1", "test top-1", "agreement", "flips", "relative error", "recipe")
-NARROW = 6  # of them fit into a terminal of 80 characters
 SUMMARIZED = (2, 3, 4, 8)  # bit widths whose accuracies stand beside the hyper-parameters
 
 
@@ -64,34 +65,34 @@ class Dashboard(TensorBoardLogger):
 
 
 def has_quantized(folder: Path) -> bool:
-    """Tell whether quantization has written its events into a version's folder."""
+    """Return whether quantization has written its events into a version's folder."""
     return any(folder.glob(f"events.*{SUFFIX}"))
 
 
 def write_quantized(
-    folder: Path, records: Sequence[Record], layers: Sequence[LayerRecord], hyperparameters: Mapping[str, Any]
+    folder: Path,
+    records: Sequence[Record],
+    layers: Sequence[LayerRecord],
+    images: int,
+    hyperparameters: Mapping[str, Any],
 ) -> None:
     """Write what quantization found into one event file, in place of an older one, so that each point stands once.
 
     Args:
         folder: Of the version.
-        records: Of all its networks and bit widths.
+        records: Of all its networks, methods and bit widths.
         layers: Of the same.
-        hyperparameters: Of the module, for the hparams tab; names that start with "_" and empty values are left out.
+        images: Number of images that the records' accuracies (`Record.top1`) were measured on.
+        hyperparameters: Of the module, for the HParams tab; names that start with "_" and empty values are left out.
     """
     beside = folder / ".quantized"
     shutil.rmtree(beside, ignore_errors=True)
     with SummaryWriter(str(beside), filename_suffix=SUFFIX) as writer:
-        metrics: dict[str, float] = {}
         for peer, group in groupby(records, key=lambda record: record.peer):
-            metrics |= _write_network(writer, list(group), f"/{peer}" if peer else "")
-        peers = {record.peer for record in records}
-        for (network, bits), rows in groupby(layers, key=lambda layer: (layer.network, layer.bits)):
-            suffix = f"/{network}" if network in peers else ""
-            for index, layer in enumerate(rows):
-                writer.add_scalar(f"layer_error/{bits}bit{suffix}", layer.relative_error, index)
-        _write_layout(writer, {f"/{peer}" if peer else "" for peer in peers})
-        _write_hyperparameters(writer, {"run": records[0].run, "seed": records[0].seed, **hyperparameters}, metrics)
+            _write_network(writer, list(group), f"/{peer}" if peer else "", images)
+        _write_layer_errors(writer, layers, {record.peer for record in records})
+        _write_layout(writer)
+        _write_hyperparameters(writer, {"run": records[0].run, "seed": records[0].seed, **hyperparameters}, records)
     for old in folder.glob(f"events.*{SUFFIX}"):
         old.unlink()
     for new in beside.iterdir():
@@ -99,93 +100,94 @@ def write_quantized(
     beside.rmdir()
 
 
-def _write_network(writer: SummaryWriter, records: list[Record], suffix: str) -> dict[str, float]:
-    """Write curves, figure and table of one network; return its metrics for the hparams tab."""
+def _write_network(writer: SummaryWriter, records: list[Record], suffix: str, images: int) -> None:
+    """Write curves, figure and table of one network; its tags end in `suffix`."""
+
+    def add(tag: str, value: float | None, step: int) -> None:
+        if value is not None:
+            for end, shown in zip(("", "_low", "_high"), (value, *interval(value, images)), strict=True):
+                writer.add_scalar(f"quantized/{tag}{end}{suffix}", shown, step)
+
     floats = [record for record in records if record.bits == FLOAT_BITS]
-    metrics = {}
-    for record in records:
-        if record.bits == FLOAT_BITS:
-            continue
-        for tag, value, step in (
-            ("accuracy_vs_bits", record.top1, record.bits),
-            ("float_accuracy", floats[0].top1 if floats else None, record.bits),
-            ("agreement_vs_bits", record.agreement_float, record.bits),
-            ("accuracy_vs_bytes", record.top1, record.packed_bytes),
-        ):
-            if value is not None:
-                writer.add_scalar(f"quantized/{tag}{suffix}", value, step)
-        if record.bits in SUMMARIZED and record.top1 is not None:
-            metrics[f"quantized/accuracy_{record.bits}bit{suffix}"] = record.top1
-    writer.add_figure(f"quantized/figure{suffix}", accuracy_figure({records[0].name: records}), 0)
+    quantized = [record for record in records if record.bits != FLOAT_BITS]
+    for record in quantized:
+        method, bits = tag_of(record.method), identity(record).bits
+        add(f"accuracy_vs_bytes{method}", record.top1, record.packed_bytes)
+        if record.method != MIXED_METHOD:
+            add(f"accuracy_vs_bits{method}", record.top1, bits)
+        if record.method == DEFAULT_METHOD:
+            add("agreement_vs_bits", record.agreement_float, bits)
+    for bits in sorted({identity(record).bits for record in quantized if record.method != MIXED_METHOD}):
+        add("float_accuracy", floats[0].top1 if floats else None, bits)
+    by_method = {method: list(rows) for method, rows in groupby(quantized, key=lambda record: record.method)}
+    curves = {f"{records[0].name}, {method}": [*rows, *floats] for method, rows in by_method.items()}
+    writer.add_figure(f"quantized/figure{suffix}", accuracy_figure(curves), 0)
     writer.add_text(f"quantized/table{suffix}", markdown_table(records), 0)
-    return metrics
 
 
-def _write_layout(writer: SummaryWriter, suffixes: Iterable[str]) -> None:
-    """Lay out the custom scalars: accuracy against bits, with the float network's line, and against bytes."""
+def tag_of(method: str) -> str:
+    """Return what a method adds to the tags of its curves: nothing for `default`."""
+    return "" if method == DEFAULT_METHOD else f"_{method}"
+
+
+def interval(percent: float, images: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of images, in percent.
+
+    Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
+
+    Args:
+        percent: The share, in percent.
+        images: Number of images that it is a share of.
+    """
+    share, z = percent / 100, NormalDist().inv_cdf(0.975)
+    centre = share + z**2 / (2 * images)
+    radius = z * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
+    low, high = ((centre + side * radius) / (1 + z**2 / images) for side in (-1, 1))
+    return 100 * max(low, 0.0), 100 * min(high, 1.0)
+
+
+def _write_layer_errors(writer: SummaryWriter, layers: Sequence[LayerRecord], peers: set[str]) -> None:
+    """Write the layers' relative errors, in the order of the layers, a curve a network, method and bit width."""
+    for (network, method, bits), rows in groupby(layers, key=identity):
+        suffix = f"/{network}" if network in peers else ""
+        for index, layer in enumerate(rows):
+            writer.add_scalar(f"layer_error/{bits}bit{tag_of(method)}{suffix}", layer.relative_error, index)
+
+
+def _write_layout(writer: SummaryWriter) -> None:
+    """Lay out the custom scalars, alike in every run: TensorBoard shows a chart of its own for each other layout."""
+    methods = [tag_of(method) for method in (DEFAULT_METHOD, "gpfq", "custom")]
     charts = {
-        "accuracy vs bits": ("accuracy_vs_bits", "float_accuracy"),
-        "accuracy vs bytes": ("accuracy_vs_bytes",),
+        "accuracy vs bits": [*(f"accuracy_vs_bits{method}" for method in methods), "float_accuracy"],
+        "accuracy vs bytes": [f"accuracy_vs_bytes{method}" for method in [*methods, tag_of(MIXED_METHOD)]],
     }
-    layout = {
-        title: ["Multiline", [f"quantized/{tag}{suffix}$" for suffix in sorted(suffixes) for tag in tags]]
+    series = {
+        title: [
+            tuple(f"quantized/{tag}{end}{suffix}" for end in ("", "_low", "_high"))
+            for suffix in ("", "/peer0", "/peer1")
+            for tag in tags
+        ]
         for title, tags in charts.items()
     }
-    writer.add_custom_scalars({"quantized": layout})
+    write_margin_charts(writer, "quantized", series)
 
 
 def _write_hyperparameters(
-    writer: SummaryWriter, hyperparameters: Mapping[str, Any], metrics: Mapping[str, float]
+    writer: SummaryWriter, hyperparameters: Mapping[str, Any], records: Sequence[Record]
 ) -> None:
-    """Write the run's row of the HParams tab, and its metrics as scalars."""
+    """Write the run's row of the HParams tab, and its metrics as scalars: means over the peers, alike in every run."""
     plain = {
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in hyperparameters.items()
         if value is not None and not name.startswith("_")
     }
-    for name, value in metrics.items():
-        writer.add_scalar(name, value, 0)
-    write_hyperparameters(writer, plain, metrics)
-
-
-def table_rows(records: Iterable[Record]) -> list[list[str]]:
-    """Return the cells of `COLUMNS`, a row a record; empty where a number doesn't exist."""
-
-    def cell(value: float | None, digits: int = 2) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    return [
-        [
-            "float" if record.bits == FLOAT_BITS else str(record.bits),
-            "" if record.levels is None else str(record.levels),
-            cell(record.packed_bytes / 1000, 1),
-            cell(record.val_top1),
-            cell(record.test_top1),
-            cell(record.agreement_float),
-            cell(record.flips),
-            cell(record.relative_error, 4),
-            " ".join(filter(None, [record.solver, record.codebook])),
+    shown = {FLOAT_BITS: "quantized/float", **{bits: f"quantized/accuracy_{bits}bit" for bits in SUMMARIZED}}
+    for bits, tag in shown.items():
+        accuracies = [
+            record.top1
+            for record in records
+            if record.bits == bits and record.method in (DEFAULT_METHOD, "") and record.top1 is not None
         ]
-        for record in records
-    ]
-
-
-def markdown_table(records: Iterable[Record]) -> str:
-    """Return the table of one network's records in Markdown; accuracies, agreement and flips in percent."""
-    rows = [list(COLUMNS), ["---:"] * (len(COLUMNS) - 1) + [":---"], *table_rows(records)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def terminal_table(records: Sequence[Record]) -> Table:
-    """Return the table of a run's records, networks one below the other, for the terminal."""
-    first = records[0]
-    limited = ", on a part of the images" if first.partial else ""
-    table = Table(title=f"{first.run}: {first.strategy} on {first.dataset}, percent{limited}", title_justify="left")
-    table.add_column("network")
-    for column in COLUMNS[:NARROW]:
-        table.add_column(column, justify="right")
-    for name, group in groupby(records, key=lambda record: record.name):
-        rows = table_rows(group)
-        for i, row in enumerate(rows):
-            table.add_row("" if i else name, *row[:NARROW], end_section=i == len(rows) - 1)
-    return table
+        if accuracies:
+            writer.add_scalar(tag, fmean(accuracies), 0)
+    write_hyperparameters(writer, plain, list(shown.values()))

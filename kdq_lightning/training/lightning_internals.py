@@ -5,12 +5,16 @@ changes it. No other module uses a private name of Lightning.
 """
 
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ModelCheckpoint as LightningModelCheckpoint
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.custom_scalar import metadata
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -98,7 +102,7 @@ def pass_on_signal(trainer: LightningTrainer, signum: int) -> None:
         trainer.strategy.launcher.kill(signum)
 
 
-def write_hyperparameters(writer: SummaryWriter, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+def write_hyperparameters(writer: SummaryWriter, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
     """Write a run's row of TensorBoard's HParams tab; `SummaryWriter.add_hparams` would make a run of its own.
 
     Relies on: `SummaryWriter._get_file_writer` and `torch.utils.tensorboard.summary.hparams`, which is how
@@ -107,7 +111,31 @@ def write_hyperparameters(writer: SummaryWriter, values: Mapping[str, Any], metr
     Args:
         writer: Of the run.
         values: Numbers, bools and strings by name.
-        metrics: Scalars by tag; only their names go into the row, their values are the tags' last points.
+        metrics: Tags of scalars, whose last points are shown beside them.
     """
-    for summary in hparams(dict(values), dict(metrics)):  # type: ignore[no-untyped-call]
+    for summary in hparams(dict(values), dict.fromkeys(metrics, 0.0)):  # type: ignore[no-untyped-call]
         writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+
+
+def write_margin_charts(writer: SummaryWriter, category: str, charts: Mapping[str, Sequence[tuple[str, ...]]]) -> None:
+    """Lay out charts of values between their bounds in TensorBoard's custom scalars, which doesn't smooth them.
+
+    `SummaryWriter.add_custom_scalars` takes one series a chart. Relies on: `SummaryWriter._get_file_writer`.
+
+    Args:
+        writer: Of the run.
+        category: Title of the group of charts.
+        charts: Tags of a value, its lower and its upper bound, a triple a series, by the chart's title.
+    """
+    layout = Layout()
+    group = layout.category.add(title=category)
+    for title, series in charts.items():
+        chart = group.chart.add(title=title)
+        for value, lower, upper in series:
+            chart.margin.series.add(value=value, lower=lower, upper=upper)
+    value = Summary.Value(
+        tag=metadata.CONFIG_SUMMARY_TAG,
+        tensor=make_tensor_proto(layout.SerializeToString()),
+        metadata=metadata.create_summary_metadata(),
+    )
+    writer._get_file_writer().add_summary(Summary(value=[value]))  # type: ignore[no-untyped-call]

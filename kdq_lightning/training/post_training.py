@@ -1,5 +1,6 @@
 """The post-fit callback: the best checkpoint at every bit width, evaluated, recorded, packed and on the dashboard."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,30 +18,63 @@ from kdq_lightning.evaluation import full_float32
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.quantization import Quantized, quantize
 from kdq_lightning.quantization.recipes import make_recipe
-from kdq_lightning.runs.identity import DEFAULT_METHOD
+from kdq_lightning.runs.identity import DEFAULT_METHOD, Identity
 from kdq_lightning.runs.records import FLOAT_BITS, identity
 from kdq_lightning.runs.result_folder import ResultFolder
 from kdq_lightning.runs.versions import mark_finished
-from kdq_lightning.training.dashboard import has_quantized, terminal_table, write_quantized
+from kdq_lightning.training.dashboard import has_quantized, write_quantized
 from kdq_lightning.training.progress_bars import QuantizationBars
 from kdq_lightning.training.quantized_run import QuantizedRun
+from kdq_lightning.training.result_tables import terminal_table
 from kdq_lightning.training.trained_run import TrainedRun
 
-METHODS: dict[str, dict[str, Any]] = {"default": {}}
-"""Options of `quantize` that make a method: `default` is the best known for each bit width."""
+METHODS: dict[str, dict[str, Any]] = {DEFAULT_METHOD: {}, "gpfq": {"mode": "official"}}
+"""Options of `quantize` by method.
+
+`default` is the best known for each bit width, with at most 2^b levels; `gpfq` is the published recursion whole (Zhang,
+Zhou, Saab 2023, arXiv 2201.11113), with 2^b + 1 levels. They stand side by side in all that is written.
+"""
+FLOAT_METHOD = ""  # of the float network's row
+CUSTOM = "custom"  # what a user's solver or codebook makes of `default`
+
+
+def choose_methods(names: Sequence[str], solver: str | None, codebook: str | None) -> dict[str, dict[str, Any]]:
+    """Return the options of `quantize` by the name that records give the method.
+
+    Args:
+        names: Some of `METHODS`.
+        solver: Of the user; turns `default` into `CUSTOM`, as does a codebook.
+        codebook: Of the user.
+
+    Raises:
+        UserError: If there is no method, one twice, or one unknown, or if solver and codebook would change nothing.
+    """
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"methods are one or more different ones of {', '.join(METHODS)}, got {list(names)}")
+    if unknown := [name for name in names if name not in METHODS]:
+        raise UserError(f"unknown method {unknown[0]!r}: choose one or more of {', '.join(METHODS)}")
+    given = {key: value for key, value in (("solver", solver), ("codebook", codebook)) if value is not None}
+    if given and DEFAULT_METHOD not in names:
+        raise UserError(
+            f"{' and '.join(given)} change the method default, which is not among the methods {list(names)}: add it, or"
+            f" leave out {' and '.join(given)}"
+        )
+    methods = {name: METHODS[name] for name in names if not given or name != DEFAULT_METHOD}
+    return {CUSTOM: given, **methods} if given else methods
 
 
 class PostTrainingQuantization(Callback):
-    """After training, quantizes the best checkpoint at each bit width; the trained module stays as it is.
+    """After training, quantizes the best checkpoint by each method at each bit width; the module itself stays as it is.
 
     Results go into the run folder: `quantized.csv`, `correct.safetensors`, `layers.csv`, `packed/`, and the dashboard.
-    A bit width whose results are there is not done again.
+    What has its results there is not done again.
     """
 
     def __init__(
         self,
         bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8),
         calibration_images: int = 512,
+        methods: tuple[str, ...] = tuple(METHODS),
         solver: str | None = None,
         codebook: str | None = None,
         test: bool = True,
@@ -51,21 +85,23 @@ class PostTrainingQuantization(Callback):
         Args:
             bits: Bit widths, 1 to 8.
             calibration_images: Training images that the layers are solved on.
-            solver: `gpfq`, `gptq`, `lsq`, `qronos` or `rounding`; the best known for the bit width if not given.
+            methods: `default`, the best known, and `gpfq`, the published recursion; both, side by side, if not given.
+            solver: `gpfq`, `gptq`, `lsq`, `qronos` or `rounding`, in place of the best known for the bit width; makes
+                `default` the method `custom`.
             codebook: `paper`, `int`, `signed`, `midrise`, `narrow`, `soft` or `hard`; likewise.
             test: Whether to evaluate on the test images, too; tuning runs leave them alone.
             enabled: Whether to quantize at all.
 
         Raises:
-            UserError: If there is no bit width, one twice, or an option is unknown.
+            UserError: If there is no bit width or method, one twice, or an option is unknown.
         """
         if not bits or len(set(bits)) != len(bits):
             raise UserError(f"bits are one or more different bit widths, got {list(bits)}")
+        self.methods = choose_methods(methods, solver, codebook)
         for width in bits:
             make_recipe(width, None, solver=solver, codebook=codebook)
         self.bits = tuple(sorted(bits))
         self.calibration_images = calibration_images
-        self.solver, self.codebook = solver, codebook
         self.test, self.enabled = test, enabled
         self.config_hash = ""  # set by the command line, which knows the configuration
 
@@ -94,9 +130,15 @@ class PostTrainingQuantization(Callback):
     def is_complete(self, folder: Path, module: Classifier) -> bool:
         """Return whether a version's folder holds every result of the module's networks."""
         results = ResultFolder(folder, self.config_hash)
-        recovered = [identity(record).bits for record in results.records] if module.is_quantized else []
-        widths = recovered or [*self.bits, FLOAT_BITS]
-        return has_quantized(folder) and not any(results.missing(name, widths) for name in module.networks())
+        recovered = [identity(record) for record in results.records] if module.is_quantized else []
+        wanted = recovered or [row for name in module.networks() for row in self.rows(name)]
+        missing = [row for row in wanted if results.missing(row.name, [row.bits], row.method)]
+        return has_quantized(folder) and not missing
+
+    def rows(self, name: str) -> list[Identity]:
+        """Return the rows of a float network: itself, then each method at each bit width."""
+        float_row = Identity(name, FLOAT_METHOD, FLOAT_BITS)
+        return [float_row, *(Identity(name, method, bits) for method in self.methods for bits in self.bits)]
 
     def quantize(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Do what the run folder lacks, network by network, then write dashboard and table.
@@ -121,57 +163,48 @@ class PostTrainingQuantization(Callback):
         source.on_rank_zero(partial(publish, run))
 
     def _quantize_network(self, run: QuantizedRun, name: str, calibration: Tensor, bars: QuantizationBars) -> None:
-        """Evaluate a network in float, then quantize it by each method and evaluate it at each bit width."""
-        missing = {method: run.missing(name, self.bits, method) for method in METHODS}
-        float_is_missing = bool(run.missing(name, [FLOAT_BITS]))
-        rows = sum(map(len, missing.values()))
-        if not rows and not float_is_missing:
+        """Evaluate a network in float, once, then quantize it by each method and evaluate it at each bit width."""
+        missing = run.missing(self.rows(name))
+        if not missing:
             return
         source = run.source
         network = source.network(name)
-        bars.start(name, (1 + rows) * source.evaluation_images)
+        float_is_missing = missing[0].method == FLOAT_METHOD
+        bars.start(name, (len(missing) + (not float_is_missing)) * source.evaluation_images)
         floats = source.evaluate(name, network, bars.images)
         if float_is_missing:
-            run.add_row(name, FLOAT_BITS, network, floats, float_evaluations=floats)
-        for method, options in METHODS.items():
-            if not missing[method]:
+            run.add_row(missing[0], network, floats, float_evaluations=floats)
+        for method, options in self.methods.items():
+            rows = [row for row in missing if row.method == method]
+            if not rows:
                 continue
             with full_float32(source.device):
                 images = normalize(calibration.to(source.device), source.statistics(name))
-                quantized = quantize(
-                    network,
-                    [images],
-                    missing[method],
-                    solver=self.solver,
-                    codebook=self.codebook,
-                    progress=bars.layers,
-                    **options,
-                )
-            for bits in missing[method]:
-                result = quantized.pop(bits)  # so that its network's memory is free when it is done
+                widths = [row.bits for row in rows]
+                quantized = quantize(network, [images], widths, progress=bars.layers, **options)
+            for row in rows:
+                result = quantized.pop(row.bits)  # so that its network's memory is free when it is done
                 evaluations = source.evaluate(name, result.model, bars.images)
-                run.add_row(
-                    name, bits, result.model, evaluations, method=method, quantized=result, float_evaluations=floats
-                )
+                run.add_row(row, result.model, evaluations, quantized=result, float_evaluations=floats)
 
     def _record_recovered(self, run: QuantizedRun, name: str, bars: QuantizationBars) -> None:
         """Evaluate and pack a network that was trained as a quantized one; no float network is its like."""
         source = run.source
         weights = source.packed_weights
-        bits = max(weight.bits for weight in weights.values())
-        if not run.missing(name, [bits]):
+        row = Identity(name, DEFAULT_METHOD, max(weight.bits for weight in weights.values()))
+        if not run.missing([row]):
             return
         network = source.network(name)
         bars.start(name, source.evaluation_images)
         evaluations = source.evaluate(name, network, bars.images)
-        packed = Quantized(network, [], weights)
-        run.add_row(name, bits, network, evaluations, method=DEFAULT_METHOD, quantized=packed)
+        run.add_row(row, network, evaluations, quantized=Quantized(network, [], weights))
 
 
 def publish(run: QuantizedRun) -> None:
     """Write the dashboard, print the table, and mark the version as finished."""
     folder, results = run.source.folder, run.results
-    write_quantized(folder, results.records, results.layers, dict(run.source.module.hparams))
+    main = run.source.splits.get("test") or run.source.splits["val"]
+    write_quantized(folder, results.records, results.layers, len(main.labels), dict(run.source.module.hparams))
     mark_finished(folder)
     console = Console()
     console.print(terminal_table(results.records))

@@ -11,7 +11,7 @@ import kdq_lightning
 from kdq_lightning.evaluation import percent
 from kdq_lightning.quantization import Quantized
 from kdq_lightning.runs.checkpoints import packed_metadata, state_dict_bytes
-from kdq_lightning.runs.identity import DEFAULT_METHOD
+from kdq_lightning.runs.identity import DEFAULT_METHOD, Identity
 from kdq_lightning.runs.records import LayerRecord, Record, packed_path
 from kdq_lightning.runs.result_folder import ResultFolder
 from kdq_lightning.training.trained_run import Evaluations, TrainedRun
@@ -39,67 +39,63 @@ class QuantizedRun:
         """The folder's results, for rank 0 alone: the others would read while it writes."""
         return ResultFolder(self.source.folder, self.config_hash)
 
-    def missing(self, name: str, bits: Iterable[int], method: str = DEFAULT_METHOD) -> list[int]:
-        """Return those of the bit widths of a network, quantized by a method, whose results are not in the folder."""
-        missing: list[int] = []
-        self.source.on_rank_zero(lambda: missing.extend(self.results.missing(name, bits, method)))
+    def missing(self, rows: Iterable[Identity]) -> list[Identity]:
+        """Return those of the rows whose results are not in the folder."""
+        missing: list[Identity] = []
+
+        def look() -> None:
+            missing.extend(row for row in rows if self.results.missing(row.name, [row.bits], row.method))
+
+        self.source.on_rank_zero(look)
         return self.source.from_rank_zero(missing)
 
     def add_row(
         self,
-        name: str,
-        bits: int,
+        row: Identity,
         network: nn.Module,
         evaluations: Evaluations,
         *,
-        method: str = "",
         quantized: Quantized | None = None,
         float_evaluations: Evaluations | None = None,
     ) -> None:
         """Pack a network, and record it with the images that it classifies correctly; a row stands for all of that.
 
         Args:
-            name: Of the network.
-            bits: Bit width; `FLOAT_BITS` for the float network.
+            row: Name of the network, method and bit width.
             network: With the weights that were evaluated.
             evaluations: Of it, on each split.
-            method: Method that quantized it; "" for the float network.
             quantized: What the packed file is made of; None for the float network, which has none.
             float_evaluations: Of the float network; None if there is no float network to compare with.
 
         Raises:
             UserError: If a file can't be written.
         """
-        record = self._record(name, bits, method, evaluations, float_evaluations, quantized)
+        record = self._record(row, evaluations, float_evaluations, quantized)
         correct = {split: evaluation.correct for split, evaluation in evaluations.items()}
         reports = quantized.layers if quantized else []
-        layers = [LayerRecord(**vars(report), network=name, method=method, bits=bits) for report in reports]
-
-        source = self.source
+        layers = [LayerRecord(**vars(report), network=row.name, method=row.method, bits=row.bits) for report in reports]
 
         def write() -> None:
             if quantized is None:
                 size = len(state_dict_bytes(network))
             else:
-                path = packed_path(source.folder, record)
-                quantized.save(path, self._metadata(name, record))
+                path = packed_path(self.source.folder, record)
+                quantized.save(path, self._metadata(record))
                 size = path.stat().st_size
             self.results.add(replace(record, packed_bytes=size), correct, layers)
 
-        source.on_rank_zero(write)
+        self.source.on_rank_zero(write)
 
     def _record(
         self,
-        name: str,
-        bits: int,
-        method: str,
+        row: Identity,
         evaluations: Evaluations,
         float_evaluations: Evaluations | None,
         quantized: Quantized | None,
     ) -> Record:
         """Return the row; the size of its file is not known yet."""
         source = self.source
-        network = source.module.network_names()[name]
+        network = source.module.network_names()[row.name]
         val, test = evaluations.get("val"), evaluations.get("test")
         main = "test" if test else "val"  # the split that everything but accuracy is measured on
         measured = evaluations[main]
@@ -109,9 +105,9 @@ class QuantizedRun:
             run=source.folder.parent.name,
             dataset=source.data.dataset,
             network=network,
-            peer="" if name == network else name,
-            method=method,
-            bits=bits,
+            peer="" if row.name == network else row.name,
+            method=row.method,
+            bits=row.bits,
             val_top1=val.top1 if val else None,
             val_top5=val.top5 if val else None,
             test_top1=test.top1 if test else None,
@@ -129,12 +125,13 @@ class QuantizedRun:
             **quantization_fields(quantized),
         )
 
-    def _metadata(self, name: str, record: Record) -> dict[str, str]:
+    def _metadata(self, record: Record) -> dict[str, str]:
         """Return what the packed file says of its network."""
         source = self.source
-        keys = ("dataset", "strategy", "peer", "seed", "bits", "config_hash")
+        keys = ["dataset", "strategy", "peer", "seed", "bits", "config_hash"]
+        keys += ["method"] * (record.method != DEFAULT_METHOD)
         more = {key: str(getattr(record, key)) for key in keys}
-        return packed_metadata(record.network, source.module.num_classes, source.statistics(name), **more)
+        return packed_metadata(record.network, source.module.num_classes, source.statistics(record.name), **more)
 
 
 FLOAT_ROW = {"solver": "", "codebook": "", "levels": None, "relative_error": None, "seconds": None}

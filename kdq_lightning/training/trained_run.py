@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -19,6 +19,7 @@ from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.forwards import part_images
 from kdq_lightning.runs.checkpoints import TrainedNetwork, find_checkpoint, load_state, load_trained, read_checkpoint
 
+T = TypeVar("T")
 Evaluations = dict[str, Evaluation]
 """How a network classifies each split, by the split's name, "val" or "test"."""
 
@@ -192,7 +193,7 @@ class TrainedRun:
         if failure is not None:
             raise UserError(failure)
 
-    def from_rank_zero(self, value: list[int]) -> list[int]:
+    def from_rank_zero(self, value: T) -> T:
         """Return rank 0's value on every rank."""
-        found: list[int] = self.trainer.strategy.broadcast(value)
+        found: T = self.trainer.strategy.broadcast(value)
         return found

@@ -1,0 +1,57 @@
+"""The table of a run's records, for the terminal and for TensorBoard."""
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from kdq_lightning.runs.records import FLOAT_BITS, Record
+
+NARROW = ("method", "bits", "levels", "kB", "val top-1", "test top-1", "agreement")  # fits into 80 characters
+COLUMNS = (*NARROW, "flips", "relative error", "recipe")
+
+
+def table_rows(records: Iterable[Record]) -> list[list[str]]:
+    """Return the cells of `COLUMNS`, a row a record; empty where a number doesn't exist."""
+
+    def cell(value: float | None, digits: int = 2) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    return [
+        [
+            record.method,
+            "float" if record.bits == FLOAT_BITS else str(record.bits),
+            "" if record.levels is None else str(record.levels),
+            cell(record.packed_bytes / 1000, 1),
+            cell(record.val_top1),
+            cell(record.test_top1),
+            cell(record.agreement_float),
+            cell(record.flips),
+            cell(record.relative_error, 4),
+            " ".join(filter(None, [record.solver, record.codebook])),
+        ]
+        for record in records
+    ]
+
+
+def markdown_table(records: Iterable[Record]) -> str:
+    """Return the table of one network's records in Markdown; accuracies, agreement and flips in percent."""
+    rows = [list(COLUMNS), [":---", *["---:"] * (len(COLUMNS) - 2), ":---"], *table_rows(records)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def terminal_table(records: Sequence[Record]) -> Table:
+    """Return the table of a run's records, networks one below the other, for the terminal."""
+    first = records[0]
+    limited = ", on a part of the images" if first.partial else ""
+    title = f"{first.run}: {first.strategy} on {first.dataset}, percent{limited}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("network")
+    for column in NARROW:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, group in groupby(records, key=lambda record: record.name):
+        rows = table_rows(group)
+        for i, row in enumerate(rows):
+            table.add_row("" if i else name, *row[: len(NARROW)], end_section=i == len(rows) - 1)
+    return table
