@@ -17,7 +17,7 @@ from kdq_lightning.cli import main
 from kdq_lightning.commands.command_line import read_settings
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
-from kdq_lightning.runs.records import find_records
+from kdq_lightning.runs.records import find_records, write_records
 from kdq_lightning.study import execution
 from kdq_lightning.study.command import still_to_run
 from kdq_lightning.study.plan import read_study
@@ -199,6 +199,19 @@ def test_done_is_what_has_every_record(workspace: Path):
     assert still_to_run(runs, {runs[0]: [folder]}) == runs
     assert still_to_run(runs, {runs[1]: [folder]}) == runs[:1]
     assert still_to_run(runs, {run: [folder] for run in runs}) == []
+
+
+def test_done_is_what_has_every_method(workspace: Path):
+    """In the run's own folder, where it can go on; records from elsewhere are whole by the first method."""
+    run = read_study(write_study(TINY), Path("runs"))[0]
+    settings = {"seed": 3, "config_hash": read_settings(run.arguments).config_hash}
+    elsewhere, own = Path("elsewhere/any/version_0"), run.folder / "version_0"
+    for folder in (elsewhere, own):
+        records = write_run(folder, "teacher", {2: 80.0, 32: 90.0}, **settings)
+    assert find_done([run], [Path("elsewhere"), Path("runs")]) == {run: [elsewhere]}
+    records += write_run(own, "teacher", {2: 70.0}, method="gpfq", **settings)
+    write_records(own, records)
+    assert find_done([run], [Path("runs")]) == {run: [own]}
 
 
 def make_runs(*names: str, needs: str = "") -> list[Run]:
@@ -390,12 +403,13 @@ def test_plan_needs_a_readable_file(tmp_path: Path):
 
 def test_a_run_is_quantized_in_another_way(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Once it is trained, in a row of its own that all seeds share; a budget knows what it costs."""
+    one_method = {"quantization.methods": ["default"]}
     again = {
         "config": "control_cpu.yaml",
         "quantizes": "control",
-        "overrides": {"model.init_args.network": "resnet8", "quantization.codebook": "paper"},
+        "overrides": {"model.init_args.network": "resnet8", **one_method, "quantization.codebook": "paper"},
     }
-    control = {"config": "control_cpu.yaml", "overrides": {"model.init_args.network": "resnet8"}}
+    control = {"config": "control_cpu.yaml", "overrides": {"model.init_args.network": "resnet8", **one_method}}
     path = write_study(TINY | {"seeds": [3, 4], "runs": {"control": control, "control_paper": again}})
     assert main(["study", str(path), "--budget_minutes=1000", "--dry_run"]) == 0
     assert "kdq quantize --config control_cpu.yaml --name control_paper --seed_everything 4" in capsys.readouterr().out
@@ -412,7 +426,7 @@ def test_a_run_is_quantized_in_another_way(workspace: Path, capsys: pytest.Captu
         assert paper.strategy == "control" and paper.config_hash == records["control_paper-quantized", 3, 2].config_hash
         assert records["control_paper-quantized", seed, 32].test_top1 == records["control", seed, 32].test_top1
     report = Path("runs/tiny/report/report.md").read_text()
-    assert "Control (resnet8) control_paper-quantized, partial |" in report and "Seeds: 3, 4" in report
+    assert "Control (resnet8), custom, partial |" in report and "Seeds: 3, 4" in report
     capsys.readouterr()
     assert main(["study", str(path), "--dry_run"]) == 0
     assert capsys.readouterr().out.strip() == ""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdq_lightning.commands.command_line import read_settings
-from kdq_lightning.runs.identity import DEFAULT_METHOD
 from kdq_lightning.runs.records import FLOAT_BITS, Record, find_records, identity
 from kdq_lightning.study.provenance import is_outdated
 from kdq_lightning.study.run import Run
+from kdq_lightning.training.post_training import choose_methods
 
 
 def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Path]]:
@@ -30,7 +30,7 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
     for folder, found in find_records(*places).items():
         for record in found:
             records[record.config_hash, record.seed].setdefault(folder, []).append(record)
-    hashes: dict[str, tuple[str, set[tuple[str, int]], int]] = {}  # the same for every seed of a run
+    hashes: dict[str, tuple[str, list[tuple[str, int]], int]] = {}  # the same for every seed of a run
     done: dict[Run, list[Path]] = {}
     trained = {(run.name, run.seed) for run in runs if run.is_trained}
     needed = {(name, run.seed) for run in runs for name in run.needs}
@@ -40,19 +40,37 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
         if run.name not in hashes:
             settings = read_settings(run.arguments)
             model = settings.config["model"]["init_args"]
-            rows = {("", FLOAT_BITS), *((DEFAULT_METHOD, bits) for bits in settings.config["quantization"]["bits"])}
+            quantization = settings.config["quantization"]
+            methods = choose_methods(quantization["methods"], quantization["solver"], quantization["codebook"])
+            rows = [("", FLOAT_BITS), *((method, bits) for method in methods for bits in quantization["bits"])]
             # A network that was quantized before training is recorded at its own bit width alone.
-            wanted = set() if model.get("packed") else rows
+            wanted = [] if model.get("packed") else rows
             hashes[run.name] = settings.config_hash, wanted, len(model.get("networks") or [None])
         config_hash, wanted, networks = hashes[run.name]
         folders = [
             folder
             for folder, found in records[config_hash, run.seed].items()
-            if _is_complete(found, wanted, networks) and not is_outdated(run, folder)
+            if _is_complete(found, _wanted_in(folder, run, wanted), networks) and not is_outdated(run, folder)
         ]
         if folders and ((run.name, run.seed) not in needed or run.finished in (None, *folders)):
             done[run] = folders
     return done
+
+
+def _wanted_in(folder: Path, run: Run, rows: Sequence[tuple[str, int]]) -> set[tuple[str, int]]:
+    """Return the rows that a folder of records must have: those of all methods if the run can still go on there.
+
+    Elsewhere lie records alone, which those of the first method make whole: to add the others, the network would have
+    to be trained again.
+
+    Args:
+        folder: The folder of the records.
+        run: The run that they may belong to.
+        rows: Method and bit width of all rows: the float network's, then those of each method.
+    """
+    is_own = folder.parent.resolve() == run.folder.resolve()
+    first = {"", *(method for method, _ in rows[1:2])}
+    return {(method, bits) for method, bits in rows if is_own or method in first}
 
 
 def _is_complete(records: Sequence[Record], wanted: set[tuple[str, int]], networks: int) -> bool:
