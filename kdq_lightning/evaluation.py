@@ -25,7 +25,7 @@ class Split:
     """Images to evaluate on.
 
     Attributes:
-        images: uint8, (images, 3, h, w), in canonical order.
+        images: uint8, (images, channels, h, w), in canonical order.
         labels: int64, (images,).
     """
 

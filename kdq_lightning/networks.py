@@ -1,6 +1,8 @@
 """CIFAR ResNets by name: wide ones with torchvision's keys (ResNet-18, 34, 50), the narrow family of He et al. 2015."""
 
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,12 +75,42 @@ def _wide_resnet(block: type[BasicBlock | Bottleneck], layers: list[int], num_cl
     return network
 
 
+class Network(NamedTuple):
+    """What the project must know of a network; a further one is one entry of `NETWORKS`.
+
+    Attributes:
+        build: Builds it, freshly initialised, for a number of classes, its keyword argument `num_classes`.
+        hint_layer: Child module whose output hints are taken from, and before it only modules in a row; None if there
+            is no such module.
+        head: Name of the last linear layer, which has a row for each class. None if there is no such layer: then a
+            plain state dict of the network can't be read, as it doesn't say how many classes there are.
+    """
+
+    build: Callable[..., nn.Module]
+    hint_layer: str | None = None
+    head: str | None = None
+
+
 NETWORKS = {
-    "resnet18": partial(_wide_resnet, BasicBlock, [2, 2, 2, 2]),
-    "resnet34": partial(_wide_resnet, BasicBlock, [3, 4, 6, 3]),
-    "resnet50": partial(_wide_resnet, Bottleneck, [3, 4, 6, 3]),
-    **{f"resnet{depth}": partial(NarrowResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "resnet18": Network(partial(_wide_resnet, BasicBlock, [2, 2, 2, 2]), hint_layer="layer2", head="fc"),
+    "resnet34": Network(partial(_wide_resnet, BasicBlock, [3, 4, 6, 3]), hint_layer="layer2", head="fc"),
+    "resnet50": Network(partial(_wide_resnet, Bottleneck, [3, 4, 6, 3]), hint_layer="layer2", head="fc"),
+    **{
+        f"resnet{depth}": Network(partial(NarrowResNet, depth), hint_layer="layer2", head="linear")
+        for depth in (8, 14, 20, 32, 44, 56, 110)
+    },
 }
+
+
+def find_network(name: str) -> Network:
+    """Return the entry of a network.
+
+    Raises:
+        UserError: If the name is unknown.
+    """
+    if name not in NETWORKS:
+        raise UserError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
+    return NETWORKS[name]
 
 
 def build_network(name: str, num_classes: int) -> nn.Module:
@@ -91,24 +123,52 @@ def build_network(name: str, num_classes: int) -> nn.Module:
     Raises:
         UserError: If the name is unknown or num_classes is below 2.
     """
-    if name not in NETWORKS:
-        raise UserError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
+    entry = find_network(name)
     if num_classes < 2:
         raise UserError(f"a classifier needs at least 2 classes, got {num_classes}")
-    network: nn.Module = NETWORKS[name](num_classes=num_classes)
-    return network
+    return entry.build(num_classes=num_classes)
 
 
-def stage2_features(network: nn.Module, images: Tensor) -> Tensor:
-    """Return the features after the second stage (`layer2`), (batch, channels, h', w'), and run nothing beyond it."""
-    for name, child in network.named_children():
-        images = child(images)
-        if name == "layer2":
-            return images
-    raise UserError(f"{type(network).__name__} has no stage named layer2, which hints are taken from")
+def count_classes(name: str, state: Mapping[str, Tensor]) -> int:
+    """Return the number of classes of a network's state dict.
+
+    Args:
+        name: One of `NETWORKS`.
+        state: The state dict.
+
+    Raises:
+        UserError: If the name is unknown, its entry names no head, or the state dict has no such layer.
+    """
+    head = find_network(name).head
+    if head is None:
+        raise UserError(
+            f"a state dict of {name} doesn't say how many classes there are: name its last layer, `head`, in NETWORKS"
+        )
+    weight = state.get(f"{head}.weight")
+    if weight is None:
+        raise UserError(f"the state dict holds no layer {head}, which a {name} ends with: is it another network's?")
+    return len(weight)
 
 
-def stage2_modules(network: nn.Module) -> list[nn.Module]:
-    """Return the modules that `stage2_features` runs, in order."""
-    names = [name for name, _ in network.named_children()]
-    return [network.get_submodule(name) for name in names[: names.index("layer2") + 1]]
+def hint_modules(name: str, network: nn.Module) -> list[nn.Module]:
+    """Return the child modules of a network that run in a row up to its hint layer, this one included.
+
+    Args:
+        name: One of `NETWORKS`.
+        network: That network.
+
+    Raises:
+        UserError: If the name is unknown, its entry names no hint layer, or the network has no such child.
+    """
+    layer = find_network(name).hint_layer
+    children = dict(network.named_children())
+    if layer not in children:
+        raise UserError(f"{name} has no layer that hints are taken from: name it, `hint_layer`, in NETWORKS")
+    return list(children.values())[: list(children).index(layer) + 1]
+
+
+def hint_features(modules: Iterable[nn.Module], images: Tensor) -> Tensor:
+    """Return the features (batch, channels, h', w') that `hint_modules` make of normalised images, one by one."""
+    for module in modules:
+        images = module(images)
+    return images

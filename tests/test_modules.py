@@ -26,7 +26,7 @@ from kdq_lightning.modules.mixup import MixupKD
 from kdq_lightning.modules.schedule import one_cycle
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.vanilla import VanillaKD
-from kdq_lightning.networks import build_network, stage2_features
+from kdq_lightning.networks import build_network
 from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.training.trainer import Trainer
 
@@ -36,6 +36,12 @@ LABELS = torch.tensor([0, 1, 2, 3, 4, 5])
 VIEW = View(torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)), LABELS, torch.arange(6), size=16)
 SMALL_VIEW = replace(VIEW, size=8)
 INPUTS = normalize(VIEW.images, STATISTICS)
+
+
+def stage2_features(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the features after the second stage, where hints are taken from, stage by stage."""
+    features = network.relu(network.bn1(network.conv1(images)))
+    return network.layer2(network.layer1(features))
 
 
 class RecordingTeacher(Teacher):
@@ -51,7 +57,7 @@ def student(kind: type[Distillation], epoch: int = 0, step: int = 0, **arguments
     torch.manual_seed(0)
     module = kind(teacher="unused", **SMALL, **arguments)
     module.statistics = STATISTICS
-    module.teacher = RecordingTeacher(build_network("resnet14", 10), STATISTICS)
+    module.teacher = RecordingTeacher(build_network("resnet14", 10), STATISTICS, "resnet14")
     data = SimpleNamespace(seed=3)
     loops = {"fit_loop": None, "world_size": 1, "max_epochs": 24, "current_epoch": epoch, "global_step": step}
     module._trainer = SimpleNamespace(datamodule=data, **loops)
@@ -230,7 +236,7 @@ def test_teacher_sees_its_own_statistics():
     """Whatever the student's are."""
     module = student(VanillaKD)
     own = Statistics((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
-    module.teacher = Teacher(build_network("resnet8", 10), own)
+    module.teacher = Teacher(build_network("resnet8", 10), own, "resnet8")
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in own)
     inputs = (VIEW.images - mean) / std
     with torch.no_grad():

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from kdq_lightning.data.normalization import Statistics, normalize
 from kdq_lightning.errors import UserError
-from kdq_lightning.networks import NETWORKS, build_network, stage2_features, stage2_modules
+from kdq_lightning.networks import NETWORKS, Network, build_network, count_classes, hint_features, hint_modules
 from tests.conftest import SHARED
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -21,16 +22,28 @@ def test_parameter_counts(name: str, parameters: int):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_shapes_and_stage2(name: str):
-    network = build_network(name, 7).eval()
+def test_shapes_and_hint_layer(name: str):
+    """The hint layer's features are what the whole network hands on there; the head has a row for each class."""
+    network, handed_on = build_network(name, 7).eval(), []
+    network.layer2.register_forward_hook(lambda *call: handed_on.append(call[2]))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert network(images).shape == (2, 7)
-        features = stage2_features(network, images)
-        assert features.shape[2:] == (16, 16)
-        for module in stage2_modules(network):
-            images = module(images)
-    torch.testing.assert_close(images, features)
+        features = hint_features(hint_modules(name, network), images)
+    assert features.shape[2:] == (16, 16)
+    torch.testing.assert_close(features, handed_on[0])
+    assert count_classes(name, network.state_dict()) == 7
+
+
+def test_entries_that_say_too_little(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(NETWORKS, "bare", Network(lambda num_classes: nn.Sequential(nn.Linear(3, num_classes))))
+    network = build_network("bare", 5)
+    with pytest.raises(UserError, match="name its last layer, `head`"):
+        count_classes("bare", network.state_dict())
+    with pytest.raises(UserError, match="name it, `hint_layer`"):
+        hint_modules("bare", network)
+    with pytest.raises(UserError, match="holds no layer linear"):
+        count_classes("resnet8", network.state_dict())
 
 
 def test_narrow_block_by_hand():

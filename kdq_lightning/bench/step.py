@@ -155,7 +155,7 @@ def run(args: Namespace) -> dict[str, Any]:
     data = NoiseDataModule(
         torch.randint(256, (args.batch_size * (WARMUP + args.steps), 3, 32, 32)).byte(), args.batch_size
     )
-    teacher = Teacher(build_network(args.teacher_network, 10).to(device), data.statistics)
+    teacher = Teacher(build_network(args.teacher_network, 10).to(device), data.statistics, args.teacher_network)
     batch = (
         torch.randn(args.batch_size, 3, 32, 32, device=device).contiguous(memory_format=layout),
         torch.randint(10, (args.batch_size,), device=device),

@@ -121,6 +121,11 @@ class ImageDataModule(LightningDataModule, ABC):
         self._is_set_up = True
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the stored images."""
+        return len(self.statistics.mean), self.image_size, self.image_size
+
+    @property
     def class_names(self) -> list[str]:
         """Names of the classes by label; known after setup."""
         return self.train_set.class_names
@@ -132,7 +137,7 @@ class ImageDataModule(LightningDataModule, ABC):
             count: How many.
 
         Returns:
-            uint8 images (count, 3, h, w) in random order, and their canonical indices (count,).
+            uint8 images (count, channels, h, w) in random order, and their canonical indices (count,).
 
         Raises:
             UserError: If there are not as many training images.

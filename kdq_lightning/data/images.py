@@ -14,9 +14,9 @@ from kdq_lightning.random_draws import random_uniform
 
 
 class Batch(NamedTuple):
-    """What every step receives: bytes as loaded, or normalised floats once on the device."""
+    """A batch: bytes as they are stored, or floats in [0, 1] once on the device."""
 
-    images: Tensor  # (batch, 3, h, w), uint8 or float32
+    images: Tensor  # (batch, channels, h, w), uint8 or float32 in [0, 1]
     labels: Tensor  # (batch,), int64
     index: Tensor  # type: ignore[assignment]  # (batch,), int64, canonical index of the image within its split
 
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 class ImageSet(Dataset[Batch]):
     """One split, whole, in canonical order; an item is a whole batch."""
 
-    images: Tensor  # (images, 3, h, w), uint8
+    images: Tensor  # (images, channels, h, w), uint8
     labels: Tensor  # (images,), int64
     class_names: list[str]
 
@@ -42,13 +42,13 @@ def canonical_set(pixels: NDArray[np.uint8], labels: NDArray[np.int64], class_na
     """Sort images by label and then by a hash of their pixels.
 
     Args:
-        pixels: (images, height, width, 3), in any order.
+        pixels: (images, height, width, channels), in any order.
         labels: (images,).
         class_names: Name of each label.
     """
     digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
     order = sorted(range(len(labels)), key=lambda i: (labels[i], digests[i]))
-    images = torch.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=torch.uint8)
+    images = torch.empty((len(pixels), pixels.shape[3], *pixels.shape[1:3]), dtype=torch.uint8)
     for place, i in enumerate(order):  # one by one: a second copy of the set would double the memory
         images[place] = torch.from_numpy(pixels[i]).permute(2, 0, 1)
     return ImageSet(images, torch.from_numpy(labels[order]), class_names)

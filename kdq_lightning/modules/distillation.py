@@ -82,7 +82,7 @@ class Distillation(Classifier):
                 f"the teacher in {trained.path} has {trained.num_classes} classes, the data {self.num_classes}:"
                 " give --model.init_args.teacher a network trained on this data"
             )
-        return Teacher(trained.build(), trained.statistics)
+        return Teacher(trained.build(), trained.statistics, trained.network)
 
     def find_teacher(self) -> Teacher | None:
         """Return the teacher; None if it isn't there any more, as a student outlives its teacher's file."""

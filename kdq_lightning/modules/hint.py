@@ -1,5 +1,6 @@
 """FitNets: the first half of the student learns the teacher's features (hints), then the whole learns its answers."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +15,13 @@ from kdq_lightning.modules.classifier import Classifier, Losses
 from kdq_lightning.modules.schedule import Cycle, one_cycle
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.vanilla import VanillaKD
-from kdq_lightning.networks import stage2_features, stage2_modules
+from kdq_lightning.networks import hint_features, hint_modules
 
 
 class HintKD(VanillaKD):
     """Trains in two stages (Romero et al. 2015, section 2.2).
 
-    Stage 1: ½·mean (r(F_S) - F_T)², F the features after the second stage (`layer2`) of both networks, r a 1x1
+    Stage 1: ½·mean (r(F_S) - F_T)², F the features of both networks' hint layer (the second stage), r a 1x1
     convolution with bias; the student up to there and r are trained. Stage 2: vanilla distillation, the optimizer's
     momentum and the learning rate's cycle started afresh. r is no part of the exported student.
     """
@@ -48,8 +49,9 @@ class HintKD(VanillaKD):
         """Build r, whose widths the two networks' features give."""
         super().setup(stage)
         if self.teacher is not None and self.regressor is None:
-            probe = torch.zeros(1, 3, 32, 32)
-            (width, *side), (wanted, *whole) = (_shape(each, probe) for each in (self.network, self.teacher.network))
+            probe = torch.zeros(1, *self.trainer.datamodule.image_shape)  # type: ignore[attr-defined]
+            theirs = hint_modules(self.teacher.name, self.teacher.network)
+            (width, *side), (wanted, *whole) = (_shape(part, probe) for part in (self._half(), theirs))
             if side != whole:
                 raise UserError(
                     f"hints need features of one size, not {side} of the student and {whole} of the teacher"
@@ -69,13 +71,17 @@ class HintKD(VanillaKD):
         second = one_cycle(total - self.hint_steps, warmup, start=self.hint_steps)
         assert self.regressor is not None, "built in setup"
         return [
-            (stage2_modules(self.network), lambda step: first(step) + second(step)),
+            (self._half(), lambda step: first(step) + second(step)),
             (self._rest(), second),
             ([self.regressor], first),
         ]
 
+    def _half(self) -> list[nn.Module]:
+        """Return the modules that stage 1 trains, in the order in which they run."""
+        return hint_modules(self.network_name, self.network)
+
     def _rest(self) -> list[nn.Module]:
-        half = stage2_modules(self.network)
+        half = self._half()
         return [child for child in self.network.children() if all(child is not module for module in half)]
 
     def on_train_batch_start(self, batch: View, batch_idx: int) -> None:
@@ -89,7 +95,7 @@ class HintKD(VanillaKD):
         if self.global_step >= self.hint_steps:
             losses = super().losses(view)
             return losses._replace(loss=losses.loss + self._zero([self.regressor]))
-        features = self.regressor(stage2_features(self.network, self.normalized(view.resized)))
+        features = self.regressor(hint_features(self._half(), self.normalized(view.resized)))
         wanted = F.adaptive_avg_pool2d(self.teacher.features(view.images), features.shape[-2:])
         hint = hint_loss(features, wanted)
         return Losses(hint + self._zero(self._rest()), {"hint": hint}, None)
@@ -102,9 +108,7 @@ class HintKD(VanillaKD):
 
 
 @torch.no_grad()
-def _shape(network: nn.Module, images: Tensor) -> tuple[int, ...]:
-    """Return the channels and the sides after the second stage, leaving BatchNorm's statistics alone."""
-    training = network.training
-    shape = tuple(stage2_features(network.eval(), images).shape[1:])
-    network.train(training)
-    return shape
+def _shape(modules: list[nn.Module], images: Tensor) -> tuple[int, ...]:
+    """Return the channels and the sides of the features (batch, channels, h', w') that modules in a row make."""
+    copies = [copy.deepcopy(module).eval() for module in modules]  # which leaves BatchNorm's statistics alone
+    return tuple(hint_features(copies, images).shape[1:])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq_lightning.data.normalization import Statistics, normalize
-from kdq_lightning.networks import stage2_features
+from kdq_lightning.networks import hint_features, hint_modules
 
 
 class Teacher:
@@ -16,15 +16,16 @@ class Teacher:
     It is no `nn.Module`, so that neither checkpoints nor DDP see its weights.
     """
 
-    def __init__(self, network: nn.Module, statistics: Statistics) -> None:
+    def __init__(self, network: nn.Module, statistics: Statistics, name: str = "") -> None:
         """Freeze the network.
 
         Args:
             network: Trained; it stays on its device.
             statistics: Those that it expects of its inputs.
+            name: Its name in `networks.NETWORKS`, which `features` looks for.
         """
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.statistics = statistics
+        self.statistics, self.name = statistics, name
 
     @cached_property
     def digest(self) -> str:
@@ -42,8 +43,8 @@ class Teacher:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Return the features after the second stage, (batch, channels, h', w'), of images in [0, 1]."""
-        return stage2_features(self.network, self._normalized(images))
+        """Return the features of the hint layer, (batch, channels, h', w'), of images in [0, 1]."""
+        return hint_features(hint_modules(self.name, self.network), self._normalized(images))
 
     def _normalized(self, images: Tensor) -> Tensor:
         return normalize(images, self.statistics).contiguous(memory_format=torch.channels_last)

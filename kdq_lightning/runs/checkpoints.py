@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdq_lightning.data.normalization import Channels, Statistics
 from kdq_lightning.errors import UserError
-from kdq_lightning.networks import NETWORKS, build_network
+from kdq_lightning.networks import build_network, count_classes, find_network
 from kdq_lightning.quantization.packing import is_packed, unpack
 from kdq_lightning.runs.identity import DEFAULT_METHOD
 from kdq_lightning.runs.records import identity, packed_path, read_records
@@ -235,12 +235,12 @@ def _from_safetensors(file: Path, described: Description) -> TrainedNetwork:
         raise UserError(f"{file} says too little of its network: give {', '.join(missing)}")
     statistics = Statistics(mean, std)
     statistics.check(*described.flags[1:])
-    if network not in NETWORKS:
-        raise UserError(f"unknown network {network!r}: choose one of {', '.join(NETWORKS)}")
-    head = [value for value in state.values() if value.ndim == 2]
-    if not head:
-        raise UserError(f"{file} holds no linear layer, so it is no classifier's state dict")
-    return TrainedNetwork(network, len(head[-1]), statistics, state, file)
+    find_network(network)
+    try:
+        num_classes = int(metadata["num_classes"]) if "num_classes" in metadata else count_classes(network, state)
+    except ValueError as error:
+        raise UserError(f"{file} cannot be used: {error}") from error
+    return TrainedNetwork(network, num_classes, statistics, state, file)
 
 
 def _read_state_dict(file: Path) -> dict[str, Tensor]:
@@ -255,19 +255,18 @@ def _channels_in(file: Path, metadata: Mapping[str, str], name: str) -> Channels
     if name not in metadata:
         return None
     try:
-        red, green, blue = map(float, json.loads(metadata[name]))
+        return tuple(map(float, json.loads(metadata[name])))
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"the metadata of {file} has the {name} {metadata[name]!r}, not a JSON list of three"
+            f"the metadata of {file} has the {name} {metadata[name]!r}, not a JSON list of numbers"
         ) from error
-    return red, green, blue
 
 
 def add_network_arguments(parser: ArgumentParser) -> None:
     """Add what a command without a model must be told of a file that says nothing of itself."""
     parser.add_argument("--network", type=str | None, help="Name of a plain state dict's network.")
-    parser.add_argument("--mean", type=float, nargs=3, help="Channel means of a plain state dict's inputs.")
-    parser.add_argument("--std", type=float, nargs=3, help="Channel deviations of a plain state dict's inputs.")
+    parser.add_argument("--mean", type=float, nargs="+", help="Channel means of a plain state dict's inputs.")
+    parser.add_argument("--std", type=float, nargs="+", help="Channel deviations of a plain state dict's inputs.")
 
 
 def load_network(path: str | Path, options: Namespace) -> TrainedNetwork:
