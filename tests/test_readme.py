@@ -85,3 +85,26 @@ def test_report_of_the_study(tmp_path: Path):
     lines = [line for line in quoted.splitlines() if line]
     assert len([line for line in lines if line.startswith("|")]) >= 4
     assert set(lines) <= set((report / "report.md").read_text().splitlines())
+
+
+def test_bytes_of_the_files():
+    """The table of docs/standard_files.md is that of the records."""
+    text = (ROOT / "docs" / "standard_files.md").read_text()
+    assert files_table() in text
+
+
+def files_table() -> str:
+    """Return the sizes in results/files as a Markdown table, kB."""
+    lines = ["| network | bits | packed | `planes` | `qdq` | float32 |", "|---|---|---:|---:|---:|---:|"]
+    for network in ("resnet20", "resnet56"):
+        files = json.loads((RESULTS / "files" / f"{network}.json").read_text())["files"]
+        for bits in (2, 3, 4, 8):
+            names = (
+                f"torch, {bits}-bit file",
+                f"onnxruntime planes, {bits} bits",
+                f"onnxruntime qdq, {bits} bits",
+                "onnxruntime float32",
+            )
+            cells = " | ".join(f"{files[name] / 1e3:,.0f}" for name in names)
+            lines.append(f"| {network} | {bits} | {cells} |")
+    return "\n".join(lines)
