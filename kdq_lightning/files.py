@@ -15,7 +15,7 @@ FRESH_SECONDS = 60  # another process may still be writing it
 
 
 def file_digest(path: Path) -> str:
-    """Return what tells one file's content from another's."""
+    """Return a hash of a file's content, 32 hexadecimal digits."""
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
@@ -47,7 +47,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `write_atomically` left in a folder and below when its process was killed, but nothing fresh."""
+    """Remove the unfinished files that killed processes have left in a folder and below; keep what is fresh."""
     with suppress(FileNotFoundError):  # another run tidies up its own, too
         for path in folder.rglob(".*"):
             if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > FRESH_SECONDS:

@@ -1,4 +1,4 @@
-"""Stateless batched augmentation: what an image looks like depends on (seed, epoch, image index) and nothing else."""
+"""Augmentation of whole batches: a view depends on the seed, the epoch and the image's index alone."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -110,7 +110,7 @@ def _cut_out(images: Tensor, centre_y: Tensor, centre_x: Tensor, side: int, fill
 
 
 def shrink(images: Tensor, size: int) -> Tensor:
-    """Resize float images (batch, channels, h, w) to (batch, channels, size, size), antialiased."""
+    """Return float images (batch, channels, h, w) resized to (batch, channels, size, size), antialiased."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""The datamodule that every source shares: images in memory, whole batches, augmentation on the device."""
+"""The datamodule that all data sets share: images in memory, whole batches, augmentation on the device."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ class ImageDataModule(LightningDataModule, ABC):
     Normalising is left to the networks, each of which may expect other statistics. `statistics` are those of the data,
     which a network that is trained on them takes over.
 
-    A source says what it holds in `__init__` and overrides `read`.
+    A data set is a subclass: its `__init__` passes on classes, size and statistics, and `read` returns the images.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ImageDataModule(LightningDataModule, ABC):
         """Describe the data; no image is read yet.
 
         Args:
-            dataset: What records call the data.
+            dataset: Name of the data in records.
             num_classes: Number of classes.
             image_size: Side of the stored images in pixels.
             mean: Channel means of images in [0, 1], subtracted.
@@ -122,25 +122,25 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the stored images."""
+        """Return channels, height and width of the stored images."""
         return len(self.statistics.mean), self.image_size, self.image_size
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes by label; known after setup."""
+        """Return the names of the classes by label; they are known after setup."""
         return self.train_set.class_names
 
     def calibration_images(self, count: int) -> tuple[Tensor, Tensor]:
-        """Choose training images for quantization: stratified, not augmented, the same whatever the run's seed.
+        """Return training images for quantization: stratified, not augmented, the same for every seed of a run.
 
         Args:
-            count: How many.
+            count: Number of images.
 
         Returns:
             uint8 images (count, channels, h, w) in random order, and their canonical indices (count,).
 
         Raises:
-            UserError: If there are not as many training images.
+            UserError: If there are fewer training images than that.
         """
         if not 1 <= count <= len(self.train_index):
             raise UserError(f"{count} calibration images asked for, and {len(self.train_index)} training images there")
@@ -165,11 +165,11 @@ class ImageDataModule(LightningDataModule, ABC):
         return ResumableLoader(self.train_set, sampler=sampler, batch_size=None, collate_fn=_as_it_is)
 
     def state_dict(self) -> dict[str, int]:
-        """Return where the epoch stands, for the checkpoint."""
+        """Return the position within the epoch, for the checkpoint."""
         return self._train_sampler.state_dict() if self._train_sampler else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on there when the training loader is made.
+        """Let the next training loader begin at a position that `state_dict` returned.
 
         Lightning restores a loader's own state only if nothing asked for the number of steps before, as our learning
         rate's schedule does.
@@ -228,7 +228,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return View(to_unit_range(images), batch.labels, batch.index, self.training_size(epoch, epochs))
 
     def view_key(self) -> dict[str, object]:
-        """Return what decides, beside the epoch, which views an epoch of training shows; known after setup."""
+        """Return what the training views depend on beside the epoch, as plain data; it is known after setup."""
         digest = hashlib.blake2b(self.train_set.images.numpy().data, digest_size=8)
         digest.update(self.train_index.numpy().data)
         return {

@@ -39,7 +39,7 @@ def class_folders(split: Path) -> list[str]:
 
 
 def read_class_folders(split: Path, class_names: list[str], size: int) -> ImageSet:
-    """Return a whole split, from its cache where that is intact and of the same files.
+    """Return a whole split; it comes from its cache if that is intact and was made from the same files.
 
     Args:
         split: Folder that holds one folder a class.
@@ -92,7 +92,7 @@ def _decode(path: str, size: int) -> NDArray[np.uint8]:
 
 
 def _listing_hash(files: dict[str, list[os.DirEntry[str]]]) -> str:
-    """Hash names, sizes and times of change: what tells that images were added, removed or replaced."""
+    """Return a hash of names, sizes and times of change, which shows that images were added, removed or replaced."""
     digest = hashlib.sha256(_FORMAT.encode())
     for name, entries in files.items():
         for entry in entries:
@@ -106,7 +106,7 @@ def _checksum(images: Tensor, labels: Tensor) -> str:
 
 
 def _load(cache: Path, key: str) -> tuple[Tensor, Tensor] | None:
-    """Return images and labels, or None where there is no such cache, it is of other files, or it is damaged."""
+    """Return images and labels; None if there is no cache, or it was made from other files, or it is damaged."""
     try:
         with safe_open(cache, "pt") as file:
             metadata = file.metadata() or {}
@@ -119,7 +119,7 @@ def _load(cache: Path, key: str) -> tuple[Tensor, Tensor] | None:
 
 
 def _save(cache: Path, key: str, images: ImageSet) -> None:
-    """Write the cache where that is possible; a reader, or a second writer, never meets half a file."""
+    """Write the cache if the folder can be written to; no reader or second writer ever finds half a file."""
     metadata = {"key": key, "checksum": _checksum(images.images, images.labels)}
     content = save({"images": images.images, "labels": images.labels}, metadata)
     with suppress(UserError):  # a folder that can't be written to is decoded each time

@@ -30,7 +30,7 @@ class ImageSet(Dataset[Batch]):
     class_names: list[str]
 
     def __getitem__(self, index: Tensor) -> Batch:
-        """Gather the images of these canonical indices, int64, (batch,)."""
+        """Return the batch of these canonical indices, int64, (batch,)."""
         return Batch(self.images.index_select(0, index), self.labels[index], index)
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class ImageSet(Dataset[Batch]):
 
 
 def canonical_set(pixels: NDArray[np.uint8], labels: NDArray[np.int64], class_names: list[str]) -> ImageSet:
-    """Sort images by label and then by a hash of their pixels.
+    """Return the images sorted by label, then by a hash of their pixels.
 
     Args:
         pixels: (images, height, width, channels), in any order.
@@ -55,7 +55,7 @@ def canonical_set(pixels: NDArray[np.uint8], labels: NDArray[np.int64], class_na
 
 
 def stratified_sample(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Choose `count` positions, each class in its proportion, by a hash of (seed, position).
+    """Return `count` random positions, of each class in its proportion, by a hash of (seed, position).
 
     Classes get the whole part of their proportional share; what is left goes to the largest remainders.
 

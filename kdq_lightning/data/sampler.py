@@ -63,16 +63,16 @@ class GlobalBatchSampler(Sampler[Tensor]):
         self._start = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; a position restored for another epoch is forgotten."""
+        """Use the order of an epoch; a position that was restored for another epoch is dropped."""
         if epoch != self.epoch:
             self.epoch, self._start, self.batches_done = epoch, 0, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return where the epoch stands: {"epoch", "batches_done"}."""
+        """Return the position within the epoch: {"epoch", "batches_done"}."""
         return {"epoch": self.epoch, "batches_done": self.batches_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Make the next iteration go on where `state` was taken."""
+        """Let the next iteration begin at the position in `state`."""
         self.epoch = state["epoch"]
         self._start = self.batches_done = state["batches_done"]
 

@@ -38,7 +38,7 @@ CHECK_EVERY = 50  # steps between two looks at the loss: each look makes the hos
 
 
 class Losses(NamedTuple):
-    """What a training step gives: the loss to minimise, its named parts, and logits (..., batch, classes) if any."""
+    """The result of a training step: the loss to minimise, its named parts, and logits (..., batch, classes) if any."""
 
     loss: Tensor
     parts: dict[str, Tensor]
@@ -134,15 +134,15 @@ class Classifier(EvaluatedModule):
         return {self.network_name: self.network_name}
 
     def packed_weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, QuantizedWeight]:
-        """Return the quantized weights that the network already carries, by layer; none of a float network.
+        """Return the quantized weights of a network that is quantized already, by layer; none for a float network.
 
         Args:
-            state: State dict of a checkpoint of this module that they are read from; None for those of now.
+            state: State dict of a checkpoint of this module, from which they are read; None reads the present ones.
         """
         return {}
 
     def find_teacher(self) -> Teacher | None:
-        """Return the teacher, whose answers quantized networks are compared with; None if there is none."""
+        """Return the teacher, with which quantized networks are compared; None if there is none."""
         return None
 
     def losses(self, view: View) -> Losses:
@@ -158,7 +158,7 @@ class Classifier(EvaluatedModule):
     # --- weights and statistics
 
     def setup(self, stage: str) -> None:
-        """Take over the data's statistics, or the trained weights and theirs."""
+        """Use the statistics of the data, or load trained weights with their statistics."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None and self.statistics is None:
             self.statistics = data.statistics
@@ -178,7 +178,7 @@ class Classifier(EvaluatedModule):
             self.statistics = source.statistics
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down what the weights are, so that they can be read without this class."""
+        """Write names and statistics of the networks into the checkpoint, which is then read without this class."""
         self._refuse_nan()
         prefixes = {id(module): name for name, module in self.named_modules()}
         checkpoint["networks"] = {
@@ -200,7 +200,7 @@ class Classifier(EvaluatedModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the weights' statistics, and make room for biases that came from a packed file."""
+        """Restore the statistics, and add the biases that weights from a packed file have."""
         self.statistics = checkpoint_statistics(checkpoint)
         for name, network in self.networks().items():
             grow_biases(network, network_state(checkpoint, name))
@@ -235,7 +235,7 @@ class Classifier(EvaluatedModule):
         return [(list(self.networks().values()), one_cycle(total, warmup))]
 
     def on_train_start(self) -> None:
-        """Start the epoch, which is known from here on: Lightning leaves that out when it resumes within one."""
+        """Start the epoch's sums: Lightning skips `on_train_epoch_start` when it resumes within an epoch."""
         self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
@@ -247,7 +247,7 @@ class Classifier(EvaluatedModule):
         self._epoch.stop_clock()
 
     def on_validation_end(self) -> None:
-        """Let the clock go on."""
+        """Start the clock again."""
         self._epoch.resume_clock()
 
     def training_step(self, batch: View, batch_idx: int) -> Tensor:
@@ -263,7 +263,7 @@ class Classifier(EvaluatedModule):
         return losses.loss
 
     def _refuse_nan(self) -> None:
-        """Stop on every rank once the loss of any was not finite, before anything of it is saved."""
+        """Stop on every rank if a loss was not finite on any rank, before such weights are saved."""
         if not self.trainer.training:
             return
         if (step := self._epoch.bad_step(self.trainer.strategy)) >= 0:
@@ -287,7 +287,7 @@ class Classifier(EvaluatedModule):
         self._print_epoch({**logs, **self.trainer.callback_metrics})
 
     def _print_epoch(self, metrics: Mapping[str, float | Tensor]) -> None:
-        """Print a line that stays in the log of a run that nobody watches."""
+        """Print a line for the epoch, which stays in the log when there is no progress bar."""
         shown = [name for name in PRINTED if name in metrics]
         line = "  ".join(f"{name} {float(metrics[name]):.4g}" for name in shown)
         self.print(f"epoch {self.current_epoch + 1}/{self.trainer.max_epochs}  {line}", flush=True)

@@ -1,4 +1,4 @@
-"""The base of every strategy with a teacher: loads it, freezes it, and keeps it out of the student's checkpoint."""
+"""The base of every strategy with a teacher: it loads and freezes the teacher, and keeps it out of checkpoints."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -67,7 +67,7 @@ class Distillation(Classifier):
         return module
 
     def setup(self, stage: str) -> None:
-        """Load the teacher for training; nothing else needs it."""
+        """Load the teacher, if the module is trained."""
         super().setup(stage)
         if stage == "fit" and self.teacher is None:
             self.teacher = self._load_teacher()
@@ -92,7 +92,7 @@ class Distillation(Classifier):
             return None
 
     def on_fit_start(self) -> None:
-        """Move the teacher to the student's device."""
+        """Move the teacher to the student's device, and open the cache of its logits."""
         if self.teacher is not None:
             self.teacher.network.to(self.device)
         if self.teacher is not None and self.teacher_cache is not None:
@@ -102,7 +102,7 @@ class Distillation(Classifier):
             self._cache = LogitCache(self.teacher_cache, key | data.view_key())
 
     def on_train_epoch_start(self) -> None:
-        """Look for the epoch's logits; all processes ask the teacher if one of them has none."""
+        """Read the epoch's logits from the cache; if one process has none, all processes ask the teacher."""
         super().on_train_epoch_start()
         if self._cache is not None:
             known = self._cache.start(self.current_epoch, self._images_of_an_epoch, self.device)
@@ -110,7 +110,7 @@ class Distillation(Classifier):
                 self._cache.disable()
 
     def on_train_epoch_end(self) -> None:
-        """Keep the epoch's logits, if all of it was asked for."""
+        """Write the epoch's logits into the cache, if the teacher was asked for all of them."""
         super().on_train_epoch_end()
         if self._cache is None or not self._cache.pending:
             return
@@ -130,13 +130,13 @@ class Distillation(Classifier):
         return int(self.trainer.num_training_batches) * batch_size
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which weights have taught."""
+        """Write the digest of the teacher's weights into the checkpoint."""
         super().on_save_checkpoint(checkpoint)
         if self.teacher is not None:
             checkpoint["teacher"] = self.teacher.digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with another teacher.
+        """Refuse to resume with another teacher.
 
         Raises:
             UserError: If its file has changed.
@@ -174,7 +174,7 @@ class Distillation(Classifier):
         return logits
 
     def on_validation_epoch_end(self) -> None:
-        """Log the share of validation images on which student and teacher give the same class, in percent."""
+        """Log the scores, and the share of images that student and teacher give the same class, in percent."""
         super().on_validation_epoch_end()
         if self.teacher is not None:
             self.log("val/agreement", 100 * self.agreement.compute())

@@ -10,7 +10,10 @@ from kdq_lightning.modules.distillation import Distillation
 
 
 class DecoupledKD(Distillation):
-    """Weighs the target class and the others apart (Zhao et al. 2022, eq. 7)."""
+    """Weighs the target class and the others apart (Zhao et al. 2022, eq. 7): CE + w·τ²·(α·TCKD + β·NCKD).
+
+    TCKD is the divergence of the two-class distributions (target, rest), NCKD that among the other classes.
+    """
 
     def __init__(
         self,
@@ -20,7 +23,7 @@ class DecoupledKD(Distillation):
         strategy: str = "dkd",
         **kwargs: Any,
     ) -> None:
-        """Set the three knobs.
+        """Set the weights of the two parts and the temperature.
 
         Args:
             alpha: Weight of the target-class part, at least 0.
@@ -36,11 +39,11 @@ class DecoupledKD(Distillation):
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def ramp(self) -> float:
-        """W = min((epoch + 1) / max(1, epochs / 12), 1)."""
+        """Return the weight w = min((epoch + 1) / max(1, epochs / 12), 1) of this epoch."""
         return min((self.current_epoch + 1) / max(1, (self.trainer.max_epochs or 1) / 12), 1.0)
 
     def losses(self, view: View) -> Losses:
-        """CE + w·τ²·(α·TCKD + β·NCKD)."""
+        """Return CE + w·τ²·(α·TCKD + β·NCKD)."""
         logits = self(view.resized)
         ce = cross_entropy(logits, view.labels)
         parts = dkd_parts(logits, self.cached_teacher_logits(view), view.labels, self.temperature)

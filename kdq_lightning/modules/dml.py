@@ -52,7 +52,7 @@ class MutualLearning(Classifier):
         return {f"peer{i}": name for i, name in enumerate(self.peer_networks)}
 
     def _load_networks(self, trained: Mapping[str, TrainedNetwork]) -> None:
-        """Take a file of one network, such as a packed peer, for that peer alone; training needs all of them."""
+        """Load all peers, or from a file of one network, such as a packed peer, that peer alone, except to train."""
         alone = next(iter(trained.values()))
         if len(trained) == 1 and not self.fitting and alone.network in self.peer_networks:
             self.peers = nn.ModuleList([self.peers[self.peer_networks.index(alone.network)]])
@@ -62,7 +62,7 @@ class MutualLearning(Classifier):
         super()._load_networks(trained)
 
     def losses(self, view: View) -> Losses:
-        """Σ_i of the peers' losses; each is logged apart."""
+        """Return the sum of the peers' losses; each of them is logged."""
         images = self.normalized(view.resized)
         logits = [peer(images) for peer in self.peers]
         losses = mutual_loss(logits, view.labels)

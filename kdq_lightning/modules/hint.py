@@ -42,11 +42,11 @@ class HintKD(VanillaKD):
 
     @classmethod
     def for_timing(cls, options: Mapping[str, Any], teacher: Teacher | None, is_cached: bool) -> Classifier:
-        """Let stage 2 ask the teacher, too: then its steps cost as much as those of stage 1, or more."""
+        """Build the module so that stage 2 asks the teacher, too: its steps then cost no less than stage 1's."""
         return super().for_timing(options, teacher, is_cached=False)
 
     def setup(self, stage: str) -> None:
-        """Build r, whose widths the two networks' features give."""
+        """Build r; its channels are those of the two networks' features."""
         super().setup(stage)
         if self.teacher is not None and self.regressor is None:
             probe = torch.zeros(1, *self.trainer.datamodule.image_shape)  # type: ignore[attr-defined]
@@ -59,13 +59,13 @@ class HintKD(VanillaKD):
             self.regressor = nn.Conv2d(width, wanted, kernel_size=1)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make room for r, so that the checkpoint loads without the teacher's file."""
+        """Build r by its weights, so that the checkpoint loads without the teacher's file."""
         super().on_load_checkpoint(checkpoint)
         outputs, inputs = checkpoint["state_dict"]["regressor.weight"].shape[:2]
         self.regressor = nn.Conv2d(inputs, outputs, kernel_size=1)
 
     def cycles(self, total: int, warmup: float) -> list[tuple[list[nn.Module], Cycle]]:
-        """Give the first half both cycles, r the first one and the rest the second one."""
+        """Return the first half with both cycles, the rest with the second one and r with the first one."""
         self.hint_steps = min(max(round(self.hint_share * total), 1), total - 1)
         first = one_cycle(self.hint_steps, warmup)
         second = one_cycle(total - self.hint_steps, warmup, start=self.hint_steps)
@@ -85,12 +85,12 @@ class HintKD(VanillaKD):
         return [child for child in self.network.children() if all(child is not module for module in half)]
 
     def on_train_batch_start(self, batch: View, batch_idx: int) -> None:
-        """Forget stage 1's momentum when stage 2 begins."""
+        """Drop the optimizer's momentum when stage 2 begins."""
         if self.global_step == self.hint_steps:
             self.trainer.optimizers[0].state.clear()
 
     def losses(self, view: View) -> Losses:
-        """The hint loss in stage 1, the vanilla loss in stage 2."""
+        """Return the hint loss in stage 1, the vanilla loss in stage 2."""
         assert self.teacher is not None and self.regressor is not None, "set by setup('fit')"
         if self.global_step >= self.hint_steps:
             losses = super().losses(view)

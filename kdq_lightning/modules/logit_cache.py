@@ -77,7 +77,7 @@ class LogitCache:
         return self._known
 
     def disable(self) -> None:
-        """Ask the teacher in this epoch, as another process has no file."""
+        """Ask the teacher throughout this epoch, because another process has no file."""
         self._known = False
 
     def logits(self, index: Tensor, ask: Callable[[], Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ class MixupKD(Distillation):
         strategy: str = "mixup",
         **kwargs: Any,
     ) -> None:
-        """Set the three knobs.
+        """Set the weight of the labels, the temperature and the distribution of λ.
 
         Args:
             label_weight: Weight a of the mixed cross-entropy, in [0, 1]; the teacher has 1 - a.
@@ -37,7 +37,7 @@ class MixupKD(Distillation):
             **kwargs: Those of `Distillation`.
 
         Raises:
-            UserError: If a number is out of range, or the teacher's answers are to be kept.
+            UserError: If a number is out of range, or `teacher_cache` is given.
         """
         super().__init__(strategy=strategy, **kwargs)
         if self.teacher_cache is not None:
@@ -48,12 +48,12 @@ class MixupKD(Distillation):
         self.label_weight, self.temperature, self.mixup_alpha = label_weight, temperature, mixup_alpha
 
     def draw_lambda(self) -> float:
-        """Draw λ from (seed, epoch, step) alone: the same on every rank, and again after a resume."""
+        """Return λ, which depends on seed, epoch and step alone: it is the same on every rank and after resuming."""
         key = [self.trainer.datamodule.seed, self.current_epoch, self.global_step]  # type: ignore[attr-defined]
         return float(np.random.default_rng(key).beta(self.mixup_alpha, self.mixup_alpha))
 
     def losses(self, view: View) -> Losses:
-        """Mix the batch, then a·CE + (1 - a)·KD on it."""
+        """Return the loss on mixed images, which both networks see."""
         lam = self.draw_lambda()
         mixed = replace(view, images=mixup(view.images, lam))
         logits = self(mixed.resized)

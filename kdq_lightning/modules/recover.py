@@ -1,4 +1,4 @@
-"""Recovering after quantization: the codes stay, and what multiplies and shifts them learns the teacher's answers."""
+"""Recovery after quantization: the codes stay, and scales, biases and BatchNorm are trained by distillation."""
 
 import json
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ class Recover(Distillation):
         return VanillaKD.for_timing(given, teacher, is_cached)
 
     def setup(self, stage: str) -> None:
-        """Load the packed network; only training can't do without its file."""
+        """Load the packed network; without its file, only training is impossible."""
         if not self._weights and (stage == "fit" or Path(self.packed).exists()):
             self._load_packed(find_packed(self.packed, self.bits, self.method))
         super().setup(stage)
@@ -97,12 +97,12 @@ class Recover(Distillation):
         self.network.eval()  # Lightning leaves the mode of modules as it finds it
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which codes these scales belong to."""
+        """Write the digest of the packed file, whose codes these scales belong to, into the checkpoint."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["packed"] = self._digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with other codes.
+        """Refuse to resume with other codes.
 
         Raises:
             UserError: If the packed file has changed.
@@ -115,13 +115,13 @@ class Recover(Distillation):
             )
 
     def train(self, mode: bool = True) -> "Recover":
-        """Leave BatchNorm's statistics alone."""
+        """Set the mode of the module, but keep the network in eval mode, so that BatchNorm's statistics stay."""
         super().train(mode)
         self.network.eval()
         return self
 
     def cycles(self, total: int, warmup: float) -> list[tuple[list[nn.Module], Cycle]]:
-        """Give the gains the learning rate of the rest."""
+        """Return the network and the gains with one learning rate."""
         return [([self.network, self.gains], one_cycle(total, warmup))]
 
     def quantized_weights(self) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ class Recover(Distillation):
         return found
 
     def losses(self, view: View) -> Losses:
-        """τ²·KL(target ‖ network)."""
+        """Return τ²·KL(target ‖ network)."""
         logits: Tensor = functional_call(self.network, self.quantized_weights(), (self.normalized(view.resized),))
         kd = kd_loss(logits, self.cached_teacher_logits(view), self.temperature)
         return Losses(kd, {"kd": kd}, logits)

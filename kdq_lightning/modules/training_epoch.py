@@ -1,4 +1,4 @@
-"""What a training epoch comes to: mean losses, images a second, and whether a loss was not finite."""
+"""The sums of a training epoch: mean losses, images a second, and whether a loss was not finite."""
 
 import time
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ class TrainingEpoch:
         self._started = self._stopped = time.perf_counter()
 
     def stop_clock(self) -> None:
-        """Stop the clock: what comes is no training."""
+        """Stop the clock, because what follows is no training."""
         self._stopped = time.perf_counter()
 
     def resume_clock(self) -> None:
-        """Let the clock go on."""
+        """Start the clock again."""
         self._started += time.perf_counter() - self._stopped
 
     def add(self, means: Mapping[str, Tensor], images: int, step: int) -> None:

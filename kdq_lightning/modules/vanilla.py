@@ -12,13 +12,15 @@ from kdq_lightning.modules.distillation import Distillation
 class VanillaKD(Distillation):
     """Learns the teacher's softened probabilities beside the labels (Hinton et al. 2015, sections 2 and 2.1).
 
+    The loss is a·CE + (1 - a)·τ²·KL(p_T^τ ‖ p_S^τ), with p^τ = softmax(logits / τ).
+
     `temperature: inf` is logit matching (Bucila et al. 2006; Ba & Caruana 2014), best with `label_weight: 0`.
     """
 
     def __init__(
         self, label_weight: float = 0.1, temperature: float = 4.0, strategy: str = "vanilla", **kwargs: Any
     ) -> None:
-        """Set the two knobs.
+        """Set the weight of the labels and the temperature.
 
         Args:
             label_weight: Weight a of the cross-entropy, in [0, 1]; the teacher has 1 - a.
@@ -32,7 +34,7 @@ class VanillaKD(Distillation):
         self.label_weight, self.temperature = label_weight, temperature
 
     def losses(self, view: View) -> Losses:
-        """a·CE + (1 - a)·KD."""
+        """Return a·CE + (1 - a)·τ²·KL(p_T^τ ‖ p_S^τ)."""
         logits = self(view.resized)
         ce = cross_entropy(logits, view.labels)
         kd = kd_loss(logits, self.cached_teacher_logits(view), self.temperature)

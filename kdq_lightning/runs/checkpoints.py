@@ -1,4 +1,4 @@
-"""Trained networks on disk: run folders, checkpoints of ours, packed files, state dicts, all read into one thing."""
+"""Trained networks on disk: run folders, our checkpoints, packed files and state dicts become `TrainedNetwork`s."""
 
 import json
 from collections.abc import Mapping
@@ -68,13 +68,13 @@ class TrainedNetwork:
 
 
 def packed_metadata(network: str, num_classes: int, statistics: Statistics, **more: str) -> dict[str, str]:
-    """Return what a packed file says of its network, so that the file is enough to use it.
+    """Return the metadata of a packed file, which say all that is needed to use its network.
 
     Args:
         network: Its name in `networks.NETWORKS`.
         num_classes: Width of its last layer; a decimal number in the file.
         statistics: Those of its inputs; two JSON lists, `mean` and `std`, in the file.
-        **more: What else a reader should know, as it is.
+        **more: Further metadata.
     """
     return {
         "network": network,
@@ -109,7 +109,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
 
 
 def grow_biases(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a bias of zeros to each layer that was built without and has one in `state`: moment matching adds them."""
+    """Add a bias of zeros to each layer that has none and gets one from `state`: moment matching adds biases."""
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is None and f"{name}.bias" in state:
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
@@ -263,7 +263,7 @@ def _channels_in(file: Path, metadata: Mapping[str, str], name: str) -> Channels
 
 
 def add_network_arguments(parser: ArgumentParser) -> None:
-    """Add what a command without a model must be told of a file that says nothing of itself."""
+    """Add the options that describe a plain state dict to a command without a model."""
     parser.add_argument("--network", type=str | None, help="Name of a plain state dict's network.")
     parser.add_argument("--mean", type=float, nargs="+", help="Channel means of a plain state dict's inputs.")
     parser.add_argument("--std", type=float, nargs="+", help="Channel deviations of a plain state dict's inputs.")

@@ -48,7 +48,7 @@ def config_hash(config: Mapping[str, Any], weights: str | None = None) -> str:
 
 
 def version_hash(version: Path) -> str | None:
-    """Return the hash of the settings that a version's folder was started with, None if it doesn't say."""
+    """Return the hash of the settings in a version's folder; None if its `config.yaml` can't be read."""
     try:
         return config_hash(yaml.safe_load((version / "config.yaml").read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):

@@ -190,7 +190,7 @@ def packed_path(version: Path, record: Record) -> Path:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Read the records of a version's folder; none if it has no such file.
+    """Return the records of a version's folder; none if it has no such file.
 
     Raises:
         UserError: If the file is damaged.
@@ -199,7 +199,7 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def read_layers(folder: Path) -> list[LayerRecord]:
-    """Read what became of the layers, a network, bit width and layer after the other; see `read_records`."""
+    """Return the layers of all rows; see `read_records`."""
     return read_table(folder / LAYERS, LayerRecord)
 
 
@@ -213,12 +213,12 @@ def write_records(folder: Path, records: Iterable[Record]) -> None:
 
 
 def write_layers(folder: Path, layers: Iterable[LayerRecord]) -> None:
-    """Write what became of the layers; see `write_records`."""
+    """Write the layers of all rows; see `write_records`."""
     write_table(folder / LAYERS, LayerRecord, layers)
 
 
 def read_correct(folder: Path) -> dict[str, Tensor]:
-    """Read which images were classified correctly; nothing if the folder has no such file.
+    """Return which images were classified correctly; nothing if the folder has no such file.
 
     Returns:
         bool vectors (images,), in canonical order, by `Record.correct_key`.
