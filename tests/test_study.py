@@ -176,7 +176,6 @@ def test_who_shares_the_teachers_answers(dataset: str, workspace: Path):
     assert cached == {"vanilla", "dkd", "hint", "recover_2bit", "recover_3bit", "recover_4bit"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
 def test_shipped_plans_are_understood(path: Path, workspace: Path):
     runs = read_study(path, Path("runs"))
@@ -357,14 +356,18 @@ def test_other_settings_start_again(workspace: Path, capsys: pytest.CaptureFixtu
     assert Path("runs/tiny/seed3/vanilla/version_1/finished").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.slow(seconds=240)
+@pytest.mark.timeout(1800)
 def test_killed_quickstart_study(workspace: Path):
-    """Killed at any moment, the quickstart's study goes on to the report of an unbroken one, in under 6 minutes."""
+    """Killed at any moment, the quickstart's study goes on to the report of an unbroken one.
+
+    That one takes under 6 minutes of a processor, however busy the machine is.
+    """
     command = [sys.executable, "-m", "kdq_lightning.cli", "study", str(CONFIGS / "study_quickstart.yaml")]
-    start = time.monotonic()
+    before = os.times()
     subprocess.run(command, check=True)
-    assert time.monotonic() - start < 360
+    after = os.times()
+    assert sum(after[2:4]) - sum(before[2:4]) < 360  # user and system, of processes that have ended
     folder = Path("runs/study_quickstart/report")
     report = {file.name: file.read_bytes() for file in folder.iterdir()}
     shutil.rmtree("runs")
