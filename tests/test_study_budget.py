@@ -234,7 +234,7 @@ def test_every_strategy_can_be_timed(strategy: str, is_cached: bool, workspace: 
     options |= {"teacher_cache": "answers"} if strategy in ("vanilla", "dkd", "hint", "recover") else {}
     data = DigitsDataModule(batch_size=8, image_sizes=[8])
     data.setup()
-    teacher, asked = Teacher(build_network("resnet8", 10), data.statistics), []
+    teacher, asked = Teacher(build_network("resnet8", 10), data.statistics, "resnet8"), []
     teacher.network.register_forward_hook(lambda *_: asked.append(1))
     module = load_class(model["class_path"]).for_timing(options, teacher, is_cached)
     assert trainer_seconds(module, data, 3, accelerator="cpu") > 0

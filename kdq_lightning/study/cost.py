@@ -146,7 +146,7 @@ class CostMeter:
     def _module(self, run: Run) -> Classifier:
         """Return a module whose training batch costs what one of the run costs, its teacher untrained."""
         data, name = self.data(run), self._teacher_network(run)
-        teacher = Teacher(build_network(name, data.num_classes), data.statistics) if name else None
+        teacher = Teacher(build_network(name, data.num_classes), data.statistics, name) if name else None
         options = {**self.configs[run]["model"]["init_args"], "num_classes": data.num_classes}
         return self._strategy(run).for_timing(options, teacher, self._finds_logits(run))
 
