@@ -140,7 +140,7 @@ def beside_a_teacher(kind: type[Distillation] = VanillaKD, **changed: Any) -> Di
     trainer.datamodule.setup("fit")
     more = {"packed": "unread"} if kind is Recover else {}
     module = kind(teacher="unread", teacher_cache="cache", network="resnet8", num_classes=10, **more)
-    module.teacher = Teacher(build_network("resnet8", 10), Statistics(mean, (0.2, 0.2, 0.2)))
+    module.teacher = Teacher(build_network("resnet8", 10), Statistics(mean, (0.2, 0.2, 0.2)), "resnet8")
     module._trainer = trainer
     module.on_fit_start()
     return module
@@ -170,7 +170,7 @@ def test_other_views_have_a_folder_of_their_own(workspace: Path):
     plain = beside_a_teacher()
     folders = [folder(beside_a_teacher(**change)) for change in changes]
     module = beside_a_teacher()
-    module.teacher = Teacher(build_network("resnet8", 10), module.teacher.statistics)  # other weights
+    module.teacher = Teacher(build_network("resnet8", 10), module.teacher.statistics, "resnet8")  # other weights
     module.on_fit_start()
     assert len({folder(plain), *folders, folder(module)}) == 2 + len(changes)
     assert folder(beside_a_teacher(image_sizes=[8, 16])) == folder(plain)

@@ -16,13 +16,13 @@ class Teacher:
     It is no `nn.Module`, so that neither checkpoints nor DDP see its weights.
     """
 
-    def __init__(self, network: nn.Module, statistics: Statistics, name: str = "") -> None:
+    def __init__(self, network: nn.Module, statistics: Statistics, name: str) -> None:
         """Freeze the network.
 
         Args:
             network: Trained; it stays on its device.
             statistics: Those that it expects of its inputs.
-            name: Its name in `networks.NETWORKS`, which `features` looks for.
+            name: Its name in `networks.NETWORKS`, whose entry says where hints are taken from.
         """
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.statistics, self.name = statistics, name

@@ -42,7 +42,7 @@ def _digests_now(run: Run) -> dict[str, str]:
     with suppress(UserError):
         if "teacher" in folders:
             trained = next(iter(load_trained(folders["teacher"]).values()))
-            digests["teacher"] = Teacher(trained.build(), trained.statistics).digest
+            digests["teacher"] = Teacher(trained.build(), trained.statistics, trained.network).digest
     with suppress(UserError):
         if "packed" in folders:
             bits = int(options["bits"]) if "bits" in options else None
