@@ -1,4 +1,4 @@
-"""The `kdq` command: which command is meant, and what a failure looks like."""
+"""The `kdq` command: finds the module of the command that is asked for, and runs it."""
 
 import importlib
 import sys
@@ -18,7 +18,7 @@ WITHOUT_MODEL = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command; what the user can mend is said in one sentence.
+    """Run a command; if it fails, print one sentence that says why.
 
     Args:
         args: The command and its options, such as ["fit", "--config", "configs/quickstart.yaml"]; those of the process

@@ -1,4 +1,4 @@
-"""Options and what is wrong with them, in one line, where jsonargparse prints every option there is."""
+"""Checks of options; what is wrong is said in one line, where jsonargparse prints every option there is."""
 
 import importlib
 import inspect
@@ -14,15 +14,15 @@ _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected 
 
 
 class OneLineErrors(ArgumentParser):
-    """Leaves with 2 and a sentence; `hint` may add to it."""
+    """A parser that ends the process with code 2 and one sentence, to which `hint` may add."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and leave."""
+        """Print the sentence and end the process with code 2."""
         sentence = one_sentence(message)
         self.exit(2, f"kdq: {sentence}{self.hint(sentence)} (options: {self.prog.replace(' [options]', '')} --help)\n")
 
     def hint(self, sentence: str) -> str:
-        """Return what is known beyond jsonargparse's sentence."""
+        """Return what is to be added to jsonargparse's sentence, such as the names to choose from."""
         return ""
 
 

@@ -1,4 +1,4 @@
-"""What a command says: one sentence for what the user can mend, and nothing of what Lightning says of itself."""
+"""What a command prints: one sentence for what the user can mend, and none of Lightning's own hints."""
 
 import logging
 import sys
@@ -43,7 +43,7 @@ def exit_code_of(command: Callable[[], int]) -> int:
 
 
 def quieten() -> None:
-    """Silence what Lightning says of itself."""
+    """Silence Lightning's hints and those of its warnings that don't apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # which rank has died

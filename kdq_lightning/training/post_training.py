@@ -1,4 +1,4 @@
-"""The post-fit callback: the best checkpoint at every bit width, evaluated, recorded, packed and on the dashboard."""
+"""What is done after training: the best checkpoint is quantized by each method at each bit width."""
 
 from collections.abc import Sequence
 from functools import partial
