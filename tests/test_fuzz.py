@@ -127,11 +127,13 @@ def test_broken_files(changes, dropped):
 
 @few
 @given(changes)
+@example([(("trainer", "default_root_dir"), "é\u0000")])
+@example([(("quantization",), "é\u0000")])
 def test_broken_lines(changes):
     fit_broken_line(changes)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=90)
 @pytest.mark.timeout(3000)
 @many
 @given(changes, st.lists(places, max_size=1))
@@ -139,7 +141,7 @@ def test_many_broken_files(changes, dropped):
     fit_broken_file(changes, dropped)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=90)
 @pytest.mark.timeout(3000)
 @many
 @given(changes)

@@ -25,6 +25,8 @@ def sentence_for(error: BaseException | None) -> str | None:
             return f"the memory is full ({error}): give smaller batches (--data.batch_size) or a smaller network"
         if isinstance(error, OSError) and error.strerror:
             return f"{error.strerror}: {error.filename or 'a file'}; mend it and give the same command again"
+        if isinstance(error, ValueError) and "embedded null byte" in str(error):
+            return "a null character stands where a file or folder is named: leave it out"
         error = error.__cause__ or error.__context__
     return None
 
