@@ -105,7 +105,7 @@ def test_terminated_while_gradients_are_accumulated(batch: int, steps: int, work
     assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in unbroken["state_dict"].items())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=80)
 def test_kills(server: Server, capsys: pytest.CaptureFixture[str]):
     """After every kill the same command goes on, and ends with the unbroken run's files, to the bit."""
     chance = random.Random(0)
@@ -209,7 +209,7 @@ def test_two_runs_of_one_name_at_once(workspace: Path):
     assert state(Path("runs/quickstart/version_0")) == state(Path("runs/quickstart/version_1"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=210)
 @pytest.mark.timeout(1800)
 def test_two_hundred_fits_in_one_process(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Memory stays flat, no file stays open."""

@@ -76,7 +76,7 @@ def test_every_error_still_finds_its_place(name: str):
     assert path.read_text().count(right) == 1 and right != wrong, f"{file} has changed: mend the mutation {name!r}"
 
 
-@pytest.mark.slow(seconds=25)
+@pytest.mark.slow(seconds=10)
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_error_breaks_a_test(name: str, tmp_path: Path):
     """Without an error the tests pass; with one of them a test fails, and not because a file can't be imported."""

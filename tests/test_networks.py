@@ -63,7 +63,7 @@ def test_unknown_names():
         build_network("resnet20", 1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=70)
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real data")
 @pytest.mark.parametrize(
     ("file", "name", "dataset", "statistics", "hits"),
