@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization import Quantized, load_packed, quantize
+from kdq_lightning.quantization.gram import Patches, Rows
 from kdq_lightning.quantization.torch_state import TorchState
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* of the weights are quantized")
@@ -393,16 +394,28 @@ def test_integers_stay_integers(dtype):
 def test_precision_of_the_network(dtype, cast, images):
     """Whether the images are of its type or not; the results are."""
     net = Net().to(dtype)
-    net.forward = lambda x: net.head(net.second(net.first(x).relu()).relu().mean((2, 3)))
-    del net.forward
-    plain = nn.Sequential(*[copy.deepcopy(m) for m in (net.first, nn.ReLU(), net.second, nn.ReLU())])
-    plain = nn.Sequential(*plain, nn.AdaptiveAvgPool2d(1), nn.Flatten(), copy.deepcopy(net.head))
+    pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plain = nn.Sequential(net.first, nn.ReLU(), net.second, nn.ReLU(), *pooled, net.head)
     wide = copy.deepcopy(plain).float()
     result = only(plain, images.to(dtype) if cast else images)
     assert {parameter.dtype for parameter in result.model.parameters()} == {dtype}
     with torch.no_grad():
         error = distance(result.model.float()(images), wide(images))
         assert error < 1.5 * distance(only(wide, images).model(images), wide(images)) + 0.002
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer", [nn.Linear(12, 5), nn.Conv1d(12, 5, 1)])
+def test_products_of_half_precision_are_taken_in_float32(dtype, layer):
+    layer = copy.deepcopy(layer).to(dtype)
+    inputs = torch.randn(400, 12).to(dtype)
+    shaped = inputs if isinstance(layer, nn.Linear) else inputs.unsqueeze(2)
+    rows = Rows(Patches(layer), [[shaped, shaped]], torch.zeros(400, 1, dtype=torch.int64), 0)
+    (gram,) = rows.collect([True])
+    x, weight = inputs.double(), layer.weight.detach().double().flatten(1)
+    torch.testing.assert_close(gram.A[0], x.T @ x, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(gram.BW[0], x.T @ (x @ weight.T), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(gram.y_square[0, 0], (x @ weight.T).square().sum(0), rtol=1e-5, atol=1e-3)
 
 
 def test_a_bfloat16_network_loads_to_the_bit(tmp_path, images):

@@ -30,8 +30,9 @@ from kdq_lightning.quantization.solution import Solution, rounded, solve
 from kdq_lightning.quantization.solvers import SOLVERS
 
 ROWS_PER_COLUMN = 4  # fewer rows a column overfit, refinement first
-HELD_OUT = 8  # one of so many images is held out where rows are few, more of them if there are few images
-MARGIN = 0.5  # over √n: the part of the error on n rows held out that a solution must win by
+FEW_IMAGES = 256  # rows of one image resemble each other: with fewer images even many rows may mislead a solver
+HELD_OUT = 8  # one of so many images is held out where rows or images are few; up to half of very few
+MARGIN = 0.25  # over √n: the part of the error on n rows held out that a solution must win by
 COMPUTES_OTHERWISE = (
     "the quantized network computes something else than its layers did one by one: a hook or a cache changes the"
     " weights of a layer; remove it from the model"
@@ -207,7 +208,8 @@ class Walk:
         replacement = recipe.official and not isinstance(patches.layer, nn.Linear)
         chosen = draw_positions(calibration.seed, self._solved, numbers, draws, positions, replacement=replacement)
         held_out = None
-        if recipe.may_fall_back and total * draws < ROWS_PER_COLUMN * patches.columns and calibration.total > 1:
+        few = calibration.total < FEW_IMAGES or total * draws < ROWS_PER_COLUMN * patches.columns
+        if recipe.may_fall_back and few and calibration.total > 1:
             held_out = is_held_out(numbers // per_image, calibration.total).to(inputs.device)
         return Rows(patches, parts, chosen.to(inputs.device), first, held_out)
 
@@ -282,7 +284,7 @@ class Walk:
 
 
 def is_held_out(images: Tensor, total: int) -> Tensor:
-    """Tell which images a layer with few rows is tried on instead of solved: one in eight, up to half of very few.
+    """Tell which images a layer is tried on instead of solved: one in eight, up to half of very few.
 
     Args:
         images: int64 indices in the whole calibration set.
@@ -300,9 +302,9 @@ def never_worse_than_rounding(
 ) -> list[tuple[Recipe, Gram, Solution, str]]:
     """Take plain rounding where a solution is worse.
 
-    If the solver had few rows, they are compared on rows that it hasn't seen, and the fewer these are the more the
-    solution has to win by; if all were of one image, nothing can be known, and rounding is taken. With many rows their
-    errors on these are known well enough.
+    If the solver had few rows, or rows of few images, they are compared on images that it hasn't seen, and the fewer
+    rows these have the more the solution has to win by. If it had few rows and all of one image, nothing can be known,
+    and rounding is taken. Where there is enough of both, the errors on what it has seen are known well enough.
 
     Returns:
         The recipe that was followed, the sums it was solved on, its solution, and a note for the report.
@@ -310,7 +312,7 @@ def never_worse_than_rounding(
     few = grams[0].rows < ROWS_PER_COLUMN * grams[0].A.shape[1]
     if not recipes[0].may_fall_back:
         return [(recipe, gram, one, "") for recipe, gram, one in zip(recipes, grams, solutions, strict=True)]
-    round_layer = solve_by_shares if few else rounded
+    round_layer = rounded if rows.held_out is None else solve_by_shares
     plain = [round_layer(gram, weight, recipe.plain) for gram, recipe in zip(grams, recipes, strict=True)]
     pairs = list(zip(solutions, plain, strict=True))
     needed, reason = 1.0, "was worse"

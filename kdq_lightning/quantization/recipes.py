@@ -35,7 +35,7 @@ class Recipe:
     refine: int = 6
     match_moments: bool = True
     patch_fraction: float = 0.4
-    ridge: float = 0.5
+    ridge: float = 2.0
     stochastic: bool = False
     official: bool = False
 
