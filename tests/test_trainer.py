@@ -1,6 +1,8 @@
 """The Trainer's own parts: precision, and checkpoints that are written whole or not at all."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,19 @@ def test_a_broken_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
         AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("option", ["limit_train_batches", "limit_val_batches", "limit_test_batches"])
+def test_one_batch_is_not_all(option: str):
+    """After an import of rich, too, which meets the type `float | int` before Lightning meets `int | float`."""
+    program = f"""
+import rich.console
+from kdq_lightning.cli import main
+main(["fit", "--config", "configs/quickstart.yaml", "--trainer.{option}=1", "--print_config"])
+"""
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    printed = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, check=True
+    )
+    assert f"{option}: 1\n" in printed.stdout

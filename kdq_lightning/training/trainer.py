@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
@@ -14,6 +14,13 @@ from kdq_lightning.modules.muon import multiplies_bfloat16
 from kdq_lightning.training.interruption import Interruption
 from kdq_lightning.training.lightning_internals import StageTrainer
 from kdq_lightning.training.post_training import PostTrainingQuantization
+
+Limit: TypeAlias = int | float | None
+"""A number of batches (1) or a share of them (1.0).
+
+Lightning's own type is `Optional[Union[int, float]]`. `typing` keeps equal types once, in the order in which they were
+met first, so that after an import of rich it is float that the command line tries first: 1 batch would become all.
+"""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -45,6 +52,10 @@ class Trainer(StageTrainer):
         num_sanity_val_steps: int = 0,
         enable_model_summary: bool = False,
         plugins: Any = None,  # noqa: ANN401
+        limit_train_batches: Limit = None,
+        limit_val_batches: Limit = None,
+        limit_test_batches: Limit = None,
+        limit_predict_batches: Limit = None,
         **kwargs: Any,
     ) -> None:
         """Fill in this project's defaults.
@@ -58,6 +69,10 @@ class Trainer(StageTrainer):
             num_sanity_val_steps: Validation batches before training.
             enable_model_summary: Whether to print the table of layers.
             plugins: Lightning's; a plugin for checkpoints replaces ours.
+            limit_train_batches: Number of batches (1), or share of them (1.0), that an epoch has; all if not given.
+            limit_val_batches: Likewise, of a validation.
+            limit_test_batches: Likewise, of a test.
+            limit_predict_batches: Likewise, of a prediction.
             **kwargs: Lightning's. `use_distributed_sampler` is off: the datamodule's sampler shards.
         """
         if accelerator == "auto":  # Apple's GPU has no float64, which the stateless random numbers need
@@ -71,6 +86,10 @@ class Trainer(StageTrainer):
             enable_model_summary=enable_model_summary,
             use_distributed_sampler=False,
             plugins=_with_checkpoint_io(plugins),
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
             **kwargs,
         )
         self._quantizing = False
