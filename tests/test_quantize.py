@@ -344,6 +344,7 @@ def with_nan() -> nn.Module:
         (nn.Conv2d(3, 4, 3), [torch.randn(2, 3, 8, 8)], {"bits": ()}, "no bit width"),
         (nn.Conv2d(3, 4, 3), [torch.randn(2, 3, 8, 8)], {"bits": (1,), "codebook": "narrow"}, "single level"),
         (nn.Conv2d(3, 4, 3), [torch.randn(2, 3, 8, 8)], {"solver": "gpqf"}, "unknown solver"),
+        (nn.Conv2d(3, 4, 3), [torch.randn(2, 3, 8, 8)], {"solver": "lsq"}, "now called least_squares"),
         (nn.Conv2d(3, 4, 3), [torch.randn(2, 3, 8, 8)], {"codebook": "ternary"}, "unknown codebook"),
         (
             nn.Conv2d(3, 4, 3),

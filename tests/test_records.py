@@ -41,7 +41,7 @@ INTERFACE = (
 
 RECORD = Record(
     run="dml_cpu", dataset="cifar10", strategy="dml", network="resnet20", peer="peer0", seed=3, method="default",
-    solver="lsq", codebook="midrise", bits=2, levels=4, packed_bytes=84123, val_top1=90.02, val_top5=99.5,
+    solver="least_squares", codebook="midrise", bits=2, levels=4, packed_bytes=84123, val_top1=90.02, val_top5=99.5,
     test_top1=89.57, test_top5=99.41, agreement_float=93.1, agreement_teacher=None, flips=4.2, nll=0.4567, ece=5.25,
     relative_error=0.213, seconds=1.5, epochs=15, partial=False, config_hash="0123456789ab", version="0.1.0",
 )  # fmt: skip
@@ -147,7 +147,7 @@ def test_identity_of_a_row():
         "v/packed/peer0-gpfq-paper-2bit.safetensors",
         "v/packed/peer0-mixed-100000B.safetensors",
     ]
-    layer = LayerRecord("conv1", "lsq", "midrise", 4, 9, "layer", 0.1, 0.0, 50, 0.2, "", "peer0", "gpfq", 2)
+    layer = LayerRecord("conv1", "least_squares", "midrise", 4, 9, "layer", 0.1, 0.0, 50, 0.2, "", "peer0", "gpfq", 2)
     assert identity(layer) == identity(GPFQ) and identity(replace(RECORD, peer="")).name == "resnet20"
 
 
@@ -189,7 +189,9 @@ def test_records_of_other_releases(tmp_path: Path):
 
 
 def test_layers_of_other_releases(tmp_path: Path):
-    layer = LayerRecord("conv1", "lsq", "midrise", 4, 9, "layer", 0.1, 0.0, 50, 0.2, "", "peer0", "default", 2)
+    layer = LayerRecord(
+        "conv1", "least_squares", "midrise", 4, 9, "layer", 0.1, 0.0, 50, 0.2, "", "peer0", "default", 2
+    )
     write_layers(tmp_path, [layer])
     change_columns(tmp_path / "layers.csv", ("method",), norm="3")
     assert read_layers(tmp_path) == [replace(layer, unknown={"norm": "3"})]
@@ -198,7 +200,9 @@ def test_layers_of_other_releases(tmp_path: Path):
 def test_methods_grow_side_by_side(tmp_path: Path):
     """A method's row neither replaces another's nor stands for it, and old rows are those of the default."""
     right = {"test": torch.ones(9, dtype=torch.bool)}
-    layer = LayerRecord("conv1", "lsq", "midrise", 4, 9, "layer", 0.1, 0.0, 50, 0.2, "", "peer0", "default", 2)
+    layer = LayerRecord(
+        "conv1", "least_squares", "midrise", 4, 9, "layer", 0.1, 0.0, 50, 0.2, "", "peer0", "default", 2
+    )
     write_records(tmp_path, [RECORD])
     write_layers(tmp_path, [layer])
     write_correct(tmp_path, {"peer0/test/2": right["test"]})
@@ -304,3 +308,12 @@ def test_images_without_a_name_are_told_apart_by_their_folder():
 def test_version_is_the_package_s():
     text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
     assert f'version = "{kdq_lightning.__version__}"' in text
+
+
+@pytest.mark.parametrize(("old", "new"), [("lsq", "least_squares"), ("lsq+rounding", "least_squares+rounding")])
+def test_old_names_of_solvers(tmp_path: Path, old: str, new: str):
+    """They are read as the names of today, and written as such."""
+    layer = LayerRecord("conv1", old, "midrise", 4, 9, "layer", 0.1, 0.0, 50, 0.2, "", "peer0", "default", 2)
+    write_records(tmp_path, [replace(RECORD, solver=old)])
+    write_layers(tmp_path, [layer])
+    assert [row.solver for row in (*read_records(tmp_path), *read_layers(tmp_path))] == [new, new]

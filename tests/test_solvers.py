@@ -59,7 +59,7 @@ def quadratic_greedy(H: Tensor, v: Tensor, alphabet: Alphabet, first: Tensor | N
     return q
 
 
-@pytest.mark.parametrize("solver", ["gptq", "lsq", "qronos"])
+@pytest.mark.parametrize("solver", ["gptq", "least_squares", "qronos"])
 def test_least_squares_solvers_are_the_greedy_optimum(data, solver):
     x, x_quantized, weight = data
     gram, alphabet, scale = gram_of(*data), Alphabet("int", 3), 0.5

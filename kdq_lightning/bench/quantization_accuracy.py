@@ -23,7 +23,7 @@ from kdq_lightning.runs.checkpoints import state_dict_bytes
 BATCH = 256  # calibration images
 
 METHODS: dict[str, dict[str, Any]] = {
-    "official": {"mode": "official"},
+    "gpfq": {"mode": "official"},
     "rounding": {"solver": "rounding", "codebook": "int", "scale": "channel", "refine": 0, "match_moments": False},
     "default": {},
 }

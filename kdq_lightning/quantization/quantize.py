@@ -89,7 +89,8 @@ def quantize(
         calibration_batches: Batches of inputs, read once, tensors or arrays; of a tuple or list, such as (images,
             labels), the first. A single tensor is one batch.
         bits: Bit widths, 1 to 8, or one of them.
-        solver: `gpfq`, `gptq`, `lsq`, `qronos` or `rounding`; None is the best known for the bit width, here and below.
+        solver: `gpfq`, `gptq`, `least_squares`, `qronos` or `rounding`; None is the best known for the bit width, here
+            and below.
         codebook: `paper`, `int`, `signed`, `midrise`, `narrow`, `soft` or `hard`.
         scale: `channel`, chosen by the layer's error, or `layer`, the published formula.
         refine: Rounds of coordinate descent after the solver.

@@ -5,7 +5,7 @@ from typing import Any
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.codebooks import Alphabet, grid
-from kdq_lightning.quantization.solvers import SOLVERS
+from kdq_lightning.quantization.solvers import RENAMED_SOLVERS, SOLVERS
 
 SCALES = ("layer", "channel")
 
@@ -29,7 +29,7 @@ class Recipe:
     """
 
     bits: int
-    solver: str = "lsq"
+    solver: str = "least_squares"
     codebook: str = "int"
     scale: str = "channel"
     refine: int = 6
@@ -67,6 +67,8 @@ def make_recipe(bits: int, mode: str | None, **given: str | float | None) -> Rec
     if mode and (fixed := changes.keys() - {"patch_fraction", "stochastic"}):
         raise UserError(f"mode 'official' fixes {', '.join(sorted(fixed))}: leave out either these or the mode")
     recipe = replace(official_recipe(bits) if mode else best_recipe(bits), **changes)
+    if new := RENAMED_SOLVERS.get(recipe.solver):
+        raise UserError(f"the solver {recipe.solver} is now called {new}: give that name")
     for name, choices in (("solver", SOLVERS), ("scale", SCALES)):
         if getattr(recipe, name) not in choices:
             raise UserError(f"unknown {name} {getattr(recipe, name)!r}: choose one of {', '.join(choices)}")

@@ -52,7 +52,7 @@ def gptq(gram: Gram, weight: Tensor) -> Recursion:
     return _around(weight, upper)
 
 
-def lsq(gram: Gram, weight: Tensor) -> Recursion:
+def least_squares(gram: Gram, weight: Tensor) -> Recursion:
     """Round as `gptq` does, around the least-squares weights v = (A + λI)⁻¹(Bw + λw)."""
     upper, damping = _damped_factor(gram)
     solved = torch.linalg.solve_triangular(upper, gram.BW + damping * weight, upper=True)
@@ -60,11 +60,11 @@ def lsq(gram: Gram, weight: Tensor) -> Recursion:
 
 
 def qronos(gram: Gram, weight: Tensor) -> Recursion:
-    """Round as `lsq` does, the first column as if the other weights stayed float.
+    """Round as `least_squares` does, the first column as if the other weights stayed float.
 
     Zhang et al. 2025, arXiv 2505.11695.
     """
-    targets, feedback = lsq(gram, weight)
+    targets, feedback = least_squares(gram, weight)
     diagonal = gram.A[:, :1, 0]
     alive = diagonal > 0
     first = gram.BW[:, 0] - (gram.A[:, :1, 1:] @ weight[:, 1:]).squeeze(1)
@@ -110,8 +110,11 @@ class Solver:
 SOLVERS: dict[str, Solver] = {
     "gpfq": Solver(gpfq, needs_cross=True),
     "gptq": Solver(gptq),
-    "lsq": Solver(lsq),
+    "least_squares": Solver(least_squares),
     "qronos": Solver(qronos),
     "rounding": Solver(rounding),
 }
 """The solvers by name; add an entry, and it can be quantized with."""
+
+RENAMED_SOLVERS = {"lsq": "least_squares"}
+"""What solvers were called in older releases. LSQ is another method's name: learned step size quantization."""

@@ -19,8 +19,9 @@ from torch import Tensor
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
 from kdq_lightning.quantization.layerwise import LayerReport
+from kdq_lightning.quantization.solvers import RENAMED_SOLVERS
 from kdq_lightning.runs.identity import DEFAULT_METHOD, MIXED_METHOD, Identity
-from kdq_lightning.runs.tables import Absent, TableRow, annotation, columns, header, read_table, write_table
+from kdq_lightning.runs.tables import Absent, Renamed, TableRow, annotation, columns, header, read_table, write_table
 
 RECORDS = "quantized.csv"
 CORRECT = "correct.safetensors"
@@ -100,7 +101,7 @@ class Record(TableRow):
     peer: str
     seed: int
     method: Annotated[str, Absent(_default_method)]
-    solver: str
+    solver: Annotated[str, Renamed(RENAMED_SOLVERS)]
     codebook: str
     bits: int | float
     levels: int | None
@@ -172,6 +173,7 @@ class LayerRecord(LayerReport, TableRow):
         budget: See `Record`.
     """
 
+    solver: Annotated[str, Renamed(RENAMED_SOLVERS)]
     network: str
     method: Annotated[str, Absent(_default_method)]
     bits: int | float

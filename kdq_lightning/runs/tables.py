@@ -21,6 +21,16 @@ class Absent(NamedTuple):
     value: Callable[[dict[str, Any]], object]
 
 
+class Renamed(NamedTuple):
+    """Annotates a field of words, several of which are joined by "+": what other releases called them.
+
+    Attributes:
+        words: The word of today by the word of old.
+    """
+
+    words: dict[str, str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
     """A row of a table.
@@ -80,7 +90,7 @@ def read_table(path: Path, kind: type[Row]) -> list[Row]:
         rows = []
         for line in lines:
             texts = dict(zip(names, line, strict=True))
-            values = {name: _parse(_types(column), texts[name]) for name, column in known.items() if name in texts}
+            values = {name: _parse(column, texts[name]) for name, column in known.items() if name in texts}
             for name in known.keys() - texts.keys():
                 absent = annotation(known[name], Absent)
                 values[name] = absent.value(values) if absent else None
@@ -124,7 +134,10 @@ def _types(column: Field[Any]) -> tuple[type, ...]:
     return get_args(kind) or (kind,)
 
 
-def _parse(options: tuple[type, ...], text: str) -> object:
+def _parse(column: Field[Any], text: str) -> object:
+    options = _types(column)
+    if renamed := annotation(column, Renamed):
+        return "+".join(renamed.words.get(word, word) for word in text.split("+"))
     if type(None) in options and not text:
         return None
     if bool in options:

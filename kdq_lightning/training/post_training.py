@@ -86,8 +86,8 @@ class PostTrainingQuantization(Callback):
             bits: Bit widths, 1 to 8.
             calibration_images: Training images that the layers are solved on.
             methods: `default`, the best known, and `gpfq`, the published recursion; both, side by side, if not given.
-            solver: `gpfq`, `gptq`, `lsq`, `qronos` or `rounding`, in place of the best known for the bit width; makes
-                `default` the method `custom`.
+            solver: `gpfq`, `gptq`, `least_squares`, `qronos` or `rounding`, in place of the best known for the bit
+                width; makes `default` the method `custom`.
             codebook: `paper`, `int`, `signed`, `midrise`, `narrow`, `soft` or `hard`; likewise.
             test: Whether to evaluate on the test images, too; tuning runs leave them alone.
             enabled: Whether to quantize at all.
