@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import load_packed, quantize
-from kdq_lightning.quantization.layerwise import is_held_out
+from kdq_lightning.quantization.layer_choice import is_held_out
 from kdq_lightning.quantization.quantize import place_among_all
 from kdq_lightning.quantization.recipes import best_recipe
 

@@ -10,65 +10,36 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.codebooks import QuantizedWeight
+from kdq_lightning.quantization.comparison import holds_first
 from kdq_lightning.quantization.draws import draw_positions, draw_uniform
 from kdq_lightning.quantization.forwards import Forwards, part_images, share_tensors
 from kdq_lightning.quantization.gram import Gram, Layer, Patches, Rows, columns, layers_of
+from kdq_lightning.quantization.layer_choice import (
+    ROWS_PER_COLUMN,
+    is_held_out,
+    never_worse_than_rounding,
+    solve_by_shares,
+)
+from kdq_lightning.quantization.layer_report import LayerReport, layer_report, left_in_float, noted
 from kdq_lightning.quantization.memory import tensors_in
-from kdq_lightning.quantization.packing import packed_bytes
-from kdq_lightning.quantization.probe import NOT_IMAGES_FIRST, Plan, holds_first
+from kdq_lightning.quantization.observation import NOT_IMAGES_FIRST
+from kdq_lightning.quantization.probe import Plan
 from kdq_lightning.quantization.recipes import Recipe
-from kdq_lightning.quantization.solution import Solution, rounded, solve
+from kdq_lightning.quantization.solution import Solution
 from kdq_lightning.quantization.solvers import SOLVERS
 
-ROWS_PER_COLUMN = 4  # fewer rows a column overfit, refinement first
 FEW_IMAGES = 256  # rows of one image resemble each other: with fewer images even many rows may mislead a solver
-HELD_OUT = 8  # one of so many images is held out where rows or images are few; up to half of very few
-MARGIN = 0.25  # over √n: the part of the error on n rows held out that a solution must win by
 COMPUTES_OTHERWISE = (
     "the quantized network computes something else than its layers did one by one: a hook or a cache changes the"
     " weights of a layer; remove it from the model"
 )
-FEW_ROWS_PER_COLUMN = 2
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer at one bit width.
-
-    Attributes:
-        name: Of the module.
-        solver: One of `SOLVERS`; "" for a layer left in float, as the codebook.
-        codebook: One of `CODEBOOKS`.
-        levels: Number of values that a weight may take; 0 for a layer left in float.
-        rows: Rows of its Gram matrices.
-        scale_granularity: "layer" or "channel".
-        relative_error: |Xw + b - X̃q - b'| / |Xw| over the rows, of the layer as stored.
-        zeros: Fraction of the weights that are zero.
-        packed_bytes: Codes, scales and bias in the packed file.
-        seconds: Spent on gathering (shared by the bit widths that walk together) and solving.
-        note: What a reader should know; "" if nothing.
-    """
-
-    name: str
-    solver: str
-    codebook: str
-    levels: int
-    rows: int
-    scale_granularity: str
-    relative_error: float
-    zeros: float
-    packed_bytes: int
-    seconds: float
-    note: str
 
 
 @dataclass(frozen=True)
@@ -191,7 +162,7 @@ class Walk:
         chosen = never_worse_than_rounding(rows, grams, weight, self.recipes, solutions)
         for i, (recipe, gram, solution, note) in enumerate(chosen):
             self._store(i, name, recipe, solution)
-            entry = report(name, recipe, gram, solution, self.weights[i][name], self._layers[i][name], shares[i])
+            entry = layer_report(name, recipe, gram, solution, self.weights[i][name], self._layers[i][name], shares[i])
             self.reports[i].append(noted(entry, note))
         self._solved += 1
         self.on_layer(name)
@@ -283,117 +254,8 @@ class Walk:
             reports += [left_in_float(model, name, reason) for name, reason in left.items()]
 
 
-def is_held_out(images: Tensor, total: int) -> Tensor:
-    """Tell which images a layer is tried on instead of solved: one in eight, up to half of very few.
-
-    Args:
-        images: int64 indices in the whole calibration set.
-        total: Size of the whole calibration set, at least 2.
-
-    Returns:
-        bool, in the shape of `images`.
-    """
-    one_in = min(HELD_OUT, max(2, total // 4))
-    return images % one_in == one_in - 1
-
-
-def never_worse_than_rounding(
-    rows: Rows, grams: Sequence[Gram], weight: Tensor, recipes: Sequence[Recipe], solutions: Sequence[Solution]
-) -> list[tuple[Recipe, Gram, Solution, str]]:
-    """Take plain rounding where a solution is worse.
-
-    If the solver had few rows, or rows of few images, they are compared on images that it hasn't seen, and the fewer
-    rows these have the more the solution has to win by. If it had few rows and all of one image, nothing can be known,
-    and rounding is taken. Where there is enough of both, the errors on what it has seen are known well enough.
-
-    Returns:
-        The recipe that was followed, the sums it was solved on, its solution, and a note for the report.
-    """
-    few = grams[0].rows < ROWS_PER_COLUMN * grams[0].A.shape[1]
-    if not recipes[0].may_fall_back:
-        return [(recipe, gram, one, "") for recipe, gram, one in zip(recipes, grams, solutions, strict=True)]
-    round_layer = rounded if rows.held_out is None else solve_by_shares
-    plain = [round_layer(gram, weight, recipe.plain) for gram, recipe in zip(grams, recipes, strict=True)]
-    pairs = list(zip(solutions, plain, strict=True))
-    needed, reason = 1.0, "was worse"
-    if rows.held_out is not None:
-        errors, tried = rows.errors([[(one.levels * one.scale, one.bias_shift) for one in pair] for pair in pairs])
-        needed, reason = 1 - MARGIN / math.sqrt(tried), "was not better on rows held out"
-    elif few:
-        errors, reason = [[1.0, 0.0] for _ in pairs], "had few rows, all of one image"
-    else:
-        errors = [[float(one.squared_error.sum()) for one in pair] for pair in pairs]
-    worse = [solved > needed * simple for solved, simple in errors]
-    if rows.held_out is not None and any(worse):  # rounding chooses its scales on all rows
-        everything = replace(rows, held_out=None).collect([False for _ in recipes])
-        grams = [whole if bad else gram for whole, gram, bad in zip(everything, grams, worse, strict=True)]
-    chosen = []
-    for recipe, gram, solution, is_worse in zip(recipes, grams, solutions, worse, strict=True):
-        if is_worse:
-            fallback = solve_by_shares(gram, weight, recipe.plain)
-            chosen.append((recipe.plain, gram, fallback, f"rounded, as {recipe.solver} {reason}"))
-        else:
-            chosen.append((recipe, gram, solution, ""))
-    return chosen
-
-
 def check_finite(name: str, gram: Gram) -> None:
     """Refuse activations that are NaN or infinite, naming the layer where they are first seen."""
     for verb, total in (("is given", gram.A.diagonal(dim1=1, dim2=2).sum()), ("computes", gram.y_square.sum())):
         if not bool(total.isfinite()):
             raise UserError(f"layer {name} {verb} activations that are not finite: check the network's weights")
-
-
-def solve_by_shares(gram: Gram, weight: Tensor, recipe: Recipe, noise: Tensor | float = 0.5) -> Solution:
-    """Solve a layer; where processes share the work, each takes some of the neurons and all get the whole."""
-    neurons = weight.shape[2]
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world == 1 or recipe.scale == "layer" or neurons < world:
-        return solve(gram, weight, recipe, noise=noise)
-    bounds = [neurons * rank // world for rank in range(world + 1)]
-    rank = dist.get_rank()
-    mine = slice(bounds[rank], bounds[rank + 1])
-    part = solve(
-        gram.neurons(mine), weight[:, :, mine], recipe, noise=noise[:, mine] if isinstance(noise, Tensor) else noise
-    )
-    packed = torch.cat([part.levels, part.scale, part.bias_shift, part.squared_error], 1)
-    width = -(-neurons // world)
-    parts = [packed.new_empty(*packed.shape[:2], width) for _ in range(world)]
-    dist.all_gather(parts, F.pad(packed, (0, width - packed.shape[2])).contiguous())
-    widths = [stop - start for start, stop in pairwise(bounds)]
-    whole = torch.cat([part[:, :, :width] for part, width in zip(parts, widths, strict=True)], 2)
-    return Solution(whole[:, :-3], *whole[:, -3:].chunk(3, 1))
-
-
-def report(
-    name: str, recipe: Recipe, gram: Gram, solution: Solution, weight: QuantizedWeight, layer: Layer, seconds: float
-) -> LayerReport:
-    """Describe a layer that was just solved."""
-    energy = float(gram.y_square.sum())
-    few = gram.rows < FEW_ROWS_PER_COLUMN * gram.A.shape[1]
-    return LayerReport(
-        name=name,
-        solver=recipe.solver,
-        codebook=recipe.codebook,
-        levels=len(weight.grid),
-        rows=gram.rows,
-        scale_granularity="channel" if len(weight.scale) > 1 else "layer",
-        relative_error=math.sqrt(float(solution.squared_error.sum()) / energy) if energy else 0.0,
-        zeros=float((weight.grid[weight.codes.long()] == 0).float().mean()),
-        packed_bytes=packed_bytes(weight) + (0 if layer.bias is None else 4 * layer.bias.numel()),
-        seconds=seconds,
-        note=f"only {gram.rows} rows for {gram.A.shape[1]} columns" if few else "",
-    )
-
-
-def noted(entry: LayerReport, note: str) -> LayerReport:
-    """Return a report with one more note."""
-    return replace(entry, note="; ".join(filter(None, [entry.note, note])))
-
-
-def left_in_float(model: nn.Module, name: str, reason: str) -> LayerReport:
-    """Describe a layer, or a parameter of another module, that stays as it was."""
-    layer = layers_of(model).get(name)
-    parameters = [model.get_parameter(name)] if layer is None else layer.parameters(recurse=False)
-    size = sum(parameter.nbytes for parameter in parameters)
-    return LayerReport(name, "", "", 0, 0, "", 0.0, 0.0, size, 0.0, f"{reason}: left in float")

@@ -4,26 +4,22 @@ A layer is quantized if it is called with images along its first dimension, comp
 and bias, and nobody else uses that weight. Every other matrix stays in float, and the report says why.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq_lightning.errors import UserError
+from kdq_lightning.quantization.comparison import all_close, close, holds_first, same
 from kdq_lightning.quantization.copies import is_lazy
-from kdq_lightning.quantization.forwards import Forwards, own_forward, share_tensors
-from kdq_lightning.quantization.gram import Layer, layers_of, weight_name
-from kdq_lightning.quantization.memory import Activations, Meter, tensors_in
+from kdq_lightning.quantization.forwards import Forwards, share_tensors
+from kdq_lightning.quantization.gram import layers_of, weight_name
+from kdq_lightning.quantization.memory import Activations, tensors_in
+from kdq_lightning.quantization.observation import NOT_IMAGES_FIRST, NOT_PLAIN, Run, metered, observed
 
 TOLERANCE = 1e-3  # of two ways to compute the same, as a part of the largest value; half precision has more
-NOT_PLAIN = "its forward is not the plain operation on its weight and bias"
-NOT_IMAGES_FIRST = "is not given the images along its first dimension"
 
 
 @dataclass(frozen=True)
@@ -49,21 +45,6 @@ class Plan:
     own_copies: bool
     clone_images: bool
     tolerance: float
-
-
-@dataclass
-class _Run:
-    """One forward.
-
-    Attributes:
-        outputs: The tensors in what the network returned.
-        inputs: What each layer was given at its first call, by name.
-        problems: Why a layer can't be quantized, "" if it can, by name.
-    """
-
-    outputs: list[Tensor] = field(default_factory=list)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
 
 
 def fit_images(network: nn.Module, images: Tensor) -> Tensor:
@@ -112,15 +93,15 @@ def probe(network: nn.Module, model: nn.Module, images: Tensor) -> Plan:
     """
     pair = _two_images(images)
     given = pair.clone()
-    metered, activations, meter = _metered(network, given)
+    outputs, activations, meter = metered(network, given)
     used_by, tolerance = meter.used_by, max(TOLERANCE, 4 * meter.resolution)
-    clone_images = not _same(given, pair)
+    clone_images = not same(given, pair)
     before = dict(chain(model.named_parameters(), model.named_buffers()))
     for name, tensor in chain(network.named_parameters(), network.named_buffers()):
-        if name in before and not nn.parameter.is_lazy(before[name]) and not _same(tensor, before[name]):
+        if name in before and not nn.parameter.is_lazy(before[name]) and not same(tensor, before[name]):
             raise UserError(f"the model changes {name} in eval mode, so a walk would not see what inference sees")
-    together, first, second = (_observed(network, part.clone(), tolerance) for part in (pair, pair[:1], pair[1:]))
-    if not _all_close(metered, together.outputs, tolerance):
+    together, first, second = (observed(network, part.clone(), tolerance) for part in (pair, pair[:1], pair[1:]))
+    if not all_close(outputs, together.outputs, tolerance):
         raise UserError("the model gives other outputs for the same images in eval mode: make it deterministic")
     if not all(
         holds_first(both, alone, tolerance) for both, alone in zip(together.outputs, first.outputs, strict=False)
@@ -143,111 +124,8 @@ def _two_images(images: Tensor) -> Tensor:
     return torch.cat([images[:1], images[:1].flip(-1)])
 
 
-def _metered(network: nn.Module, pair: Tensor) -> tuple[list[Tensor], Activations, Meter]:
-    """Run once and return the outputs, the memory, and what was noted on the way."""
-    network = share_tensors(network)
-    meter = Meter(network)
-    at_layer: dict[str, float] = {}
-
-    def call(name: str, layer: Layer, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        at_layer.setdefault(name, meter.live() / len(pair))
-        meter.inside.append(name)
-        try:
-            return own_forward(layer, *args, **kwargs)
-        finally:
-            meter.inside.pop()
-
-    _intercept(network, call)
-    with meter:
-        outputs = tensors_in(network(pair))
-    image = pair[0].numel() * pair.element_size()
-    return outputs, Activations(image, meter.peak / len(pair), at_layer), meter
-
-
-def _observed(network: nn.Module, images: Tensor, tolerance: float) -> _Run:
-    """Run once and look at what each layer is given at its first call."""
-    weights = {name: layer.weight for name, layer in layers_of(network).items()}
-    network = share_tensors(network)
-    run = _Run()
-    inside: list[str] = []
-
-    def call(name: str, layer: Layer, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        if name not in run.problems:
-            inputs = kwargs["input"] if not args and kwargs.keys() == {"input"} else args[0] if args else None
-            run.problems[name] = (
-                f"is called by layer {inside[-1]}"
-                if inside
-                else _problem(layer, inputs, len(args) + len(kwargs), weights[name], tolerance)
-            )
-            if isinstance(inputs, Tensor) and not run.problems[name]:
-                run.inputs[name] = inputs.clone()
-        inside.append(name)
-        try:
-            return own_forward(layer, *args, **kwargs)
-        finally:
-            inside.pop()
-
-    _intercept(network, call)
-    run.outputs = tensors_in(network(images))
-    return run
-
-
-def _intercept(network: nn.Module, call: Callable[..., Tensor]) -> None:
-    """Let `call` stand in for the forward of each layer, unless somebody else's function does already."""
-    for name, layer in layers_of(network).items():
-        if "forward" not in layer.__dict__:
-            layer.forward = partial(call, name, layer)  # type: ignore[method-assign]
-
-
-def _problem(layer: Layer, inputs: object, arguments: int, weight: Tensor, tolerance: float) -> str:
-    """Return why a layer that is called so can't be quantized; "" if nothing is known against it."""
-    if arguments != 1:
-        return "is called with more than its input"
-    if not isinstance(inputs, Tensor) or type(inputs) not in (Tensor, nn.Parameter) or inputs.is_nested:
-        return "is not given a plain tensor"
-    if torch._C._functorch.is_functorch_wrapped_tensor(inputs):
-        return "is called inside torch.func, which hides the images"
-    if layer.weight is not weight:
-        return "its weight is replaced during the forward"
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return f"its weight is not a plain parameter of real numbers ({type(weight).__name__}, {weight.dtype})"
-    if inputs.dim() < 2 or (not isinstance(layer, nn.Linear) and inputs.dim() != layer.weight.dim()):
-        return NOT_IMAGES_FIRST
-    return "" if _is_plain(layer, inputs, tolerance) else NOT_PLAIN
-
-
-def _is_plain(layer: Layer, inputs: Tensor, tolerance: float) -> bool:
-    """Whether a subclass computes what its base does, on any weight, bias and input: tried on random ones."""
-    if type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d):
-        return True
-    other = share_tensors(layer)
-    other.__dict__.pop("forward", None)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(shape: Sequence[int], like: Tensor) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(like)
-
-    assert isinstance(other, Layer)
-    other.weight = nn.Parameter(random(layer.weight.shape, layer.weight) / math.sqrt(layer.weight[0].numel()))
-    other.bias = nn.Parameter(random(layer.weight.shape[:1], layer.weight))
-    strange = inputs * 2 + random(inputs.shape, inputs) * inputs.std(correction=0)
-    try:
-        return all(_close(own_forward(other, given), _plain(other, given), tolerance) for given in (inputs, strange))
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return False
-
-
-def _plain(layer: Layer, inputs: Tensor) -> Tensor:
-    """Return the plain operation of a layer on its weight and bias."""
-    if isinstance(layer, nn.Linear):
-        return F.linear(inputs, layer.weight, layer.bias)
-    kind: Any = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
-    outputs: Tensor = kind._conv_forward(layer, inputs, layer.weight, layer.bias)
-    return outputs
-
-
 def _layer_reasons(
-    network: nn.Module, together: _Run, runs: Sequence[_Run], used_by: Mapping[str, set[str]], tolerance: float
+    network: nn.Module, together: Run, runs: Sequence[Run], used_by: Mapping[str, set[str]], tolerance: float
 ) -> dict[str, str]:
     """Return why each layer stays in float, "" for one that is quantized, by name."""
     layers = layers_of(network)
@@ -281,7 +159,7 @@ def _images_first(both: Tensor, alone: Tensor | None, tolerance: float) -> bool:
     """Whether the first half of what two images give a layer is what the first image gives it alone."""
     if alone is None or not len(alone) or both.shape != (2 * len(alone), *alone.shape[1:]):
         return False
-    return _close(both[: len(alone)], alone, tolerance)
+    return close(both[: len(alone)], alone, tolerance)
 
 
 def _tied(network: nn.Module, samples: Mapping[str, int]) -> dict[str, str]:
@@ -318,7 +196,7 @@ def _left_in_float(
     return left
 
 
-def _keeps_state(network: nn.Module, names: list[str], pair: Tensor, runs: Sequence[_Run], tolerance: float) -> bool:
+def _keeps_state(network: nn.Module, names: list[str], pair: Tensor, runs: Sequence[Run], tolerance: float) -> bool:
     """Rehearse the walk with the float network: whether forwards that take turns need a copy of the network each.
 
     Raises:
@@ -338,7 +216,7 @@ def _keeps_state(network: nn.Module, names: list[str], pair: Tensor, runs: Seque
 
 
 def _rehearse(
-    network: nn.Module, names: list[str], pair: Tensor, runs: Sequence[_Run], own_copies: bool, tolerance: float
+    network: nn.Module, names: list[str], pair: Tensor, runs: Sequence[Run], own_copies: bool, tolerance: float
 ) -> bool:
     """Walk with the float layers, and compare with the forwards one by one."""
     layers = layers_of(network)
@@ -350,50 +228,12 @@ def _rehearse(
             if name not in seen:
                 seen.add(name)
                 for (inputs,), run in zip(forwards.inputs, runs, strict=True):
-                    if name not in run.inputs or not _close(inputs, run.inputs[name], tolerance):
+                    if name not in run.inputs or not close(inputs, run.inputs[name], tolerance):
                         return False
             forwards.resume([layers[name]])
         return all(
-            _all_close(tensors_in(outputs), run.outputs, tolerance)
+            all_close(tensors_in(outputs), run.outputs, tolerance)
             for outputs, run in zip(forwards.outputs, runs, strict=True)
         )
     finally:
         forwards.close()
-
-
-def _all_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
-    return len(found) == len(expected) and all(_close(a, b, tolerance) for a, b in zip(found, expected, strict=True))
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether two tensors agree but for the order of sums; those that aren't finite are left to the walk to place."""
-    if a.shape != b.shape:
-        return False
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
-    a, b = a.double(), b.double()
-    size = float(b.abs().max()) if b.numel() else 0.0
-    return not math.isfinite(size) or torch.allclose(a, b, rtol=tolerance, atol=tolerance * size)
-
-
-def holds_first(batch: Tensor, alone: Tensor, tolerance: float) -> bool:
-    """Whether what a batch gives holds what its first image gives alone, along the one dimension that they differ in.
-
-    A tensor without such a dimension, such as a scalar, says nothing of single images.
-    """
-    longer = [dim for dim in range(alone.dim()) if batch.shape[dim : dim + 1] != alone.shape[dim : dim + 1]]
-    if batch.dim() != alone.dim() or len(longer) != 1 or alone.shape[longer[0]] == 0:
-        return True
-    (dim,) = longer
-    count, rest = divmod(batch.shape[dim], alone.shape[dim])
-    if rest or not count:
-        return True
-    every = torch.arange(0, batch.shape[dim], count, device=batch.device)  # images last, as (tokens · images)
-    return _close(batch.narrow(dim, 0, alone.shape[dim]), alone, tolerance) or _close(
-        batch.index_select(dim, every), alone, tolerance
-    )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, NaN counting as equal to NaN."""
-    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())

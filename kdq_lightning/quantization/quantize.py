@@ -16,7 +16,8 @@ from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.copies import copy_for_walk
 from kdq_lightning.quantization.forwards import PART_IMAGES
 from kdq_lightning.quantization.gram import layers_of
-from kdq_lightning.quantization.layerwise import Calibration, LayerReport, Walk
+from kdq_lightning.quantization.layer_report import LayerReport
+from kdq_lightning.quantization.layerwise import Calibration, Walk
 from kdq_lightning.quantization.packing import save_packed
 from kdq_lightning.quantization.probe import Plan, fit_images, probe
 from kdq_lightning.quantization.recipes import Recipe, make_recipe
