@@ -10,10 +10,13 @@ import pytest
 import yaml
 
 from kdq_lightning.commands.command_line import read_settings
+from kdq_lightning.quantization.methods import METHODS
 from kdq_lightning.runs.config_hash import config_hash
 from kdq_lightning.runs.records import read_records
+from tests.conftest import CONFIGS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("study_"))
 FOLDERS = sorted(path.parent for path in RESULTS.rglob("config.yaml"))
 TEACHER = RESULTS / "cpu_cifar10" / "seed0" / "teacher"  # was quantized only
 DIGEST = "d92e3145e64cd7541fa0eaa3138f65ed"  # of its weights, data/resnet56-cifar10.safetensors
@@ -39,6 +42,17 @@ def test_the_runs_are_here():
 def test_the_config_of_a_run_gives_its_recorded_hash(folder: Path, workspace: Path):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config_hash(config, weights=DIGEST if folder == TEACHER else None) == recorded_hash(folder)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_names_its_methods(path: Path, workspace: Path):
+    """Both of them, which are the defaults and without effect on the hash; what is quantized already has none."""
+    config = yaml.safe_load(path.read_text())
+    methods = config["quantization"].pop("methods", None)
+    assert methods == (None if config["model"]["class_path"] == "Recover" else list(METHODS))
+    Path("without.yaml").write_text(yaml.safe_dump(config))
+    hashes = {read_settings(["fit", f"--config={file}", "--name=a"]).config_hash for file in (path, "without.yaml")}
+    assert len(hashes) == 1
 
 
 @pytest.mark.parametrize("folder", OF_ONE_SEED, ids=names)

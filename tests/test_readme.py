@@ -8,6 +8,9 @@ from statistics import mean
 import yaml
 
 from kdq_lightning.cli import main
+from kdq_lightning.quantization.codebooks import CODEBOOKS
+from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS
+from kdq_lightning.quantization.solvers import SOLVERS
 from kdq_lightning.report.published import TOP1
 from kdq_lightning.runs.records import FLOAT_BITS, find_records
 
@@ -29,6 +32,14 @@ def test_accuracies_of_the_engine():
         assert cells == expected
     five = next(cells[3] for name, _, method, _, *cells in rows if (name, method) == ("resnet20-cifar10", "default"))
     assert f"has {five} % in the file of 5 bits" in text  # said of the study's students, too
+
+
+def test_every_method_solver_and_codebook_is_explained():
+    """A row each, in the table of its kind."""
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    for kind, names in (("method", [*METHODS, CUSTOM_METHOD]), ("solver", SOLVERS), ("codebook", CODEBOOKS)):
+        rows = " ".join(line.split(" | ")[0] for line in lines if line.startswith(f"| {kind}"))
+        assert sorted(rows.split("`")[1::2]) == sorted(names)
 
 
 def test_hours_and_gaps_of_the_study():

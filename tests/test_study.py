@@ -17,7 +17,7 @@ from kdq_lightning.cli import main
 from kdq_lightning.commands.command_line import read_settings
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
-from kdq_lightning.runs.records import find_records, write_records
+from kdq_lightning.runs.records import write_records
 from kdq_lightning.study import execution
 from kdq_lightning.study.command import still_to_run
 from kdq_lightning.study.plan import read_study
@@ -81,7 +81,7 @@ def test_public_weights(workspace: Path, capsys: pytest.CaptureFixture[str]):
 
 
 STUDY_KEYS = "its keys are runs (dict), seeds (list[int]), overrides (dict)"
-RUN_KEYS = "its keys are config (str), overrides (dict), seeds (list[int]), quantizes (str), weights (dict)"
+RUN_KEYS = "its keys are config (str), overrides (dict), seeds (list[int]), weights (dict)"
 WEIGHTS_KEYS = "its keys are path (str), network (str), mean (numbers), std (numbers)"
 BAD = [
     ("runs: [", "is not valid YAML: "),
@@ -164,8 +164,7 @@ def test_shipped_plans(path: Path, workspace: Path):
     assert names[:7] == ["teacher", "control", "vanilla", "dml", "dkd", "mixup", "hint"]
     assert len({run.seed for run in runs}) >= 2
     for run in runs:
-        alone = ("teacher", "control", "control_paper", "dml", "dml_paper")
-        assert ("teacher" in run.needs) == (run.name not in alone)
+        assert ("teacher" in run.needs) == (run.name not in ("teacher", "control", "dml"))
 
 
 @pytest.mark.parametrize("dataset", ["cpu", "cifar10", "cifar100"])
@@ -309,7 +308,7 @@ def test_a_whole_study(workspace: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(workspace: Path, capsys):
-    """Its students start anew, done or cut off, and what was quantized of them; runs without a teacher stay done."""
+    """Its students start anew, done or cut off, and what recovers their files; runs without a teacher stay done."""
 
     def left(path: Path) -> set[str]:
         capsys.readouterr()
@@ -320,12 +319,18 @@ def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(workspace
         return max(folder.name for folder in Path("runs/tiny/seed3", name).glob("version_*"))
 
     small = TINY["runs"]["teacher"]["overrides"]
-    paper = {**small, "quantization.codebook": "paper"}
     runs = {
         **TINY["runs"],
         "dkd": {**TINY["runs"]["vanilla"], "config": "dkd_cpu.yaml"},
         "control": {"config": "control_cpu.yaml", "overrides": small},
-        "vanilla_paper": {"config": "vanilla_cpu.yaml", "quantizes": "vanilla", "overrides": paper},
+        "recover": {
+            "config": "recover_cpu.yaml",
+            "overrides": {
+                **TINY["runs"]["vanilla"]["overrides"],
+                "model.init_args.packed": "{vanilla}",
+                "model.init_args.bits": 2,
+            },
+        },
     }
     first = write_study({**TINY, "runs": runs}).read_text()
     assert main(["study", "tiny.yaml"]) == 0 and left(Path("tiny.yaml")) == set()
@@ -336,13 +341,13 @@ def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(workspace
     path = write_study({**TINY, "runs": {**runs, "teacher": longer}})
     assert left(path) == {"teacher", "dkd"}
     assert main(["study", str(path)]) == 0 and left(path) == set()
-    for name in ("teacher", "vanilla", "dkd", "vanilla_paper-quantized"):
+    for name in ("teacher", "vanilla", "dkd", "recover"):
         assert newest(name) == "version_1", name
     assert newest("control") == "version_0"
     path.write_text(first)  # the first teacher's records are there, its weights are not
     assert left(path) == {"teacher"}
     assert main(execution.arguments_of(read_study(path, Path("runs"))[0])) == 0  # and the study is killed
-    assert left(path) == {"vanilla", "dkd"} and newest("teacher") == "version_2"
+    assert left(path) == {"vanilla", "dkd", "recover"} and newest("teacher") == "version_2"
 
 
 @pytest.mark.slow
@@ -402,37 +407,6 @@ def test_two_processes_see_their_gpus(workspace: Path, monkeypatch: pytest.Monke
 def test_plan_needs_a_readable_file(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be read"):
         read_study(tmp_path / "none.yaml", Path("runs"))
-
-
-def test_a_run_is_quantized_in_another_way(workspace: Path, capsys: pytest.CaptureFixture[str]):
-    """Once it is trained, in a row of its own that all seeds share; a budget knows what it costs."""
-    one_method = {"quantization.methods": ["default"]}
-    again = {
-        "config": "control_cpu.yaml",
-        "quantizes": "control",
-        "overrides": {"model.init_args.network": "resnet8", **one_method, "quantization.codebook": "paper"},
-    }
-    control = {"config": "control_cpu.yaml", "overrides": {"model.init_args.network": "resnet8", **one_method}}
-    path = write_study(TINY | {"seeds": [3, 4], "runs": {"control": control, "control_paper": again}})
-    assert main(["study", str(path), "--budget_minutes=1000", "--dry_run"]) == 0
-    assert "kdq quantize --config control_cpu.yaml --name control_paper --seed_everything 4" in capsys.readouterr().out
-    assert main(["study", str(path)]) == 0
-    records = {
-        (record.run, record.seed, record.bits): record
-        for found in find_records(Path("runs")).values()
-        for record in found
-    }
-    assert len(records) == 8
-    for seed in (3, 4):
-        plain, paper = records["control", seed, 2], records["control_paper-quantized", seed, 2]
-        assert (paper.codebook, paper.levels) == ("paper", 5) and plain.levels == 4
-        assert paper.strategy == "control" and paper.config_hash == records["control_paper-quantized", 3, 2].config_hash
-        assert records["control_paper-quantized", seed, 32].test_top1 == records["control", seed, 32].test_top1
-    report = Path("runs/tiny/report/report.md").read_text()
-    assert "Control (resnet8), custom, partial |" in report and "Seeds: 3, 4" in report
-    capsys.readouterr()
-    assert main(["study", str(path), "--dry_run"]) == 0
-    assert capsys.readouterr().out.strip() == ""
 
 
 def test_a_plan_knows_every_run(workspace: Path, capsys: pytest.CaptureFixture[str]):

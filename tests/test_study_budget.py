@@ -57,7 +57,7 @@ def known_seconds(monkeypatch: pytest.MonkeyPatch) -> list[Classifier]:
     """Put known seconds in place of what is measured, and return the modules whose steps are asked for.
 
     A batch takes 2 s for each trained network and for a teacher that is asked, times the image's side / 16; a forward
-    1 ms; a walk 3 s, however many bit widths take part.
+    1 ms; a walk 3 s, however many bit widths take part; each of the two methods walks.
     """
     timed = []
 
@@ -98,7 +98,7 @@ def test_a_budget_is_planned_and_kept(workspace: Path, known_seconds: list[Class
             "model.init_args.learning_rate": 0.1,
             **sizes,
         }  # and no flip, which would make other digits
-        after = networks[name] * (2 * evaluated * 0.001 + 3)
+        after = networks[name] * (3 * evaluated * 0.001 + 6)
         after += evaluated * 0.001 if name == "vanilla" else 0  # its teacher's answers
         minutes = (epochs * (seconds_an_epoch[name] + networks[name] * validation) + after) / 60
         assert entry["minutes"] == pytest.approx(minutes, abs=0.06), name
@@ -132,7 +132,9 @@ def test_a_budget_of_one_seed(workspace: Path, known_seconds: list[Classifier], 
     plan = yaml.safe_load(Path("runs/long/plan.yaml").read_text())
     minutes = {name: entry["minutes"] for name, entry in plan["runs"].items()}
     assert minutes.keys() == BUDGET["runs"].keys()
-    assert plan["projected_minutes"] == pytest.approx(minutes["teacher"] + minutes["vanilla"], abs=0.1)
+    assert plan["projected_minutes"] == pytest.approx(
+        minutes["teacher"] + minutes["vanilla"], abs=0.16
+    )  # three rounded numbers
     assert 0.9 * 190 < plan["projected_minutes"] <= 190
     assert re.findall(r"(\w+, seed \d): \d+ epochs", capsys.readouterr().out) == ["teacher, seed 0", "vanilla, seed 0"]
 
@@ -183,14 +185,14 @@ def test_what_suits_a_cpu(config: str, changes: list[str], expected: dict[str, A
     assert budget.choose_cpu_options(settings, data) == expected
 
 
-def test_all_bit_widths_are_measured_in_one_walk(workspace: Path, monkeypatch: pytest.MonkeyPatch):
+def test_all_bit_widths_of_a_method_are_measured_in_one_walk(workspace: Path, monkeypatch: pytest.MonkeyPatch):
     walks = []
-    monkeypatch.setattr(cost, "quantize", lambda network, batches, bits: walks.append((len(batches[0]), bits)))
+    monkeypatch.setattr(cost, "quantize", lambda network, batches, bits, **options: walks.append((bits, options)))
     runs = {"teacher": TINY["runs"]["teacher"]}
     bits = {**TINY["overrides"], "quantization.bits": [2, 3, 8]}
     meter = cost.CostMeter(read_study(write_study({**TINY, "overrides": bits, "runs": runs}), Path("runs")))
     meter.measure(meter.runs[0])
-    assert walks == [(16, (2, 3, 8))]
+    assert walks == [((2, 3, 8), {}), ((2, 3, 8), {"mode": "official"})]
 
 
 def test_what_recovering_costs(workspace: Path, known_seconds: list[Classifier]):
@@ -205,8 +207,8 @@ def test_what_recovering_costs(workspace: Path, known_seconds: list[Classifier])
     data = meter.data(meter.runs[0])
     evaluated = 0.001 * (len(data.val_index) + len(data.test_set))
     assert costs["recover_2bit"].after == pytest.approx(2 * evaluated)
-    assert costs["hint"].after == pytest.approx(3 * evaluated + 3)
-    assert costs["teacher"].after == pytest.approx(2 * evaluated + 3)
+    assert costs["hint"].after == pytest.approx(4 * evaluated + 6)
+    assert costs["teacher"].after == pytest.approx(3 * evaluated + 6)
     steps = {name: (cost.epoch - 0.001 * len(data.val_index)) / 2 for name, cost in costs.items()}
     assert steps == pytest.approx({"teacher": 2, "vanilla": 4, "hint": 4, "recover_2bit": 2, "dkd": 2})
 

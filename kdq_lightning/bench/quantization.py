@@ -10,14 +10,14 @@ from torch import Tensor
 
 from kdq_lightning.bench.measure import hardware, print_table
 from kdq_lightning.bench.peers import PEERS
-from kdq_lightning.bench.quantization_accuracy import METHODS, Accuracy, QuantizationCost, measure_accuracy
+from kdq_lightning.bench.quantization_accuracy import COMPARED, Accuracy, QuantizationCost, measure_accuracy
 from kdq_lightning.bench.quantization_speed import Speed, measure_speed
 from kdq_lightning.data.datamodules import CIFARDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import Split
 from kdq_lightning.runs.checkpoints import add_network_arguments, load_network
 
-NAMES = (*METHODS, *PEERS)
+NAMES = (*COMPARED, *PEERS)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--dataset", type=str, default="cifar10", help="cifar10 or cifar100.")
     parser.add_argument("--root", type=Path, default=Path("data"), help="Folder that holds the data.")
     parser.add_argument("--bits", type=list[int], default=[2, 3, 4], help="Bit widths of the accuracies.")
-    parser.add_argument("--methods", type=list[str], default=list(METHODS), help=f"Some of {', '.join(NAMES)}.")
+    parser.add_argument("--methods", type=list[str], default=list(COMPARED), help=f"Some of {', '.join(NAMES)}.")
     parser.add_argument("--images", type=int, default=512, help="Calibration images of a draw.")
     parser.add_argument("--draws", type=int, default=5, help="Calibration draws; 0 leaves the accuracies out.")
     parser.add_argument("--speed_images", type=int, default=512, help="Calibration images of the timings.")

@@ -17,17 +17,17 @@ from kdq_lightning.bench.peers import PEERS, quantize_brevitas
 from kdq_lightning.data.normalization import Statistics, normalize
 from kdq_lightning.evaluation import Split, evaluate
 from kdq_lightning.quantization import Quantized, quantize
+from kdq_lightning.quantization.methods import METHODS
 from kdq_lightning.quantization.packing import save_packed
 from kdq_lightning.runs.checkpoints import state_dict_bytes
 
 BATCH = 256  # calibration images
 
-METHODS: dict[str, dict[str, Any]] = {
-    "gpfq": {"mode": "official"},
+COMPARED: dict[str, dict[str, Any]] = {
+    **METHODS,
     "rounding": {"solver": "rounding", "codebook": "int", "scale": "channel", "refine": 0, "match_moments": False},
-    "default": {},
 }
-"""Arguments of `quantize`: the published recursion, plain rounding with the best scale a channel, and the defaults."""
+"""Arguments of `quantize` by method: those of `METHODS`, and plain rounding with the best scale a channel."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Accuracy:
     """Accuracies of one method at one bit width.
 
     Attributes:
-        method: One of `METHODS` or `PEERS`; `float` for the float network.
+        method: One of `COMPARED` or `PEERS`; `float` for the float network.
         bits: Bit width.
         levels: Number of values that a weight may take, the most of any layer; 0 for the float network.
         recipe: Solver and codebook.
@@ -61,7 +61,7 @@ class QuantizationCost:
     """What one method takes for all bit widths of one draw.
 
     Attributes:
-        method: One of `METHODS` or `PEERS`.
+        method: One of `COMPARED` or `PEERS`.
         seconds: Wall time of `quantize`.
         peak_gb: Most memory that the process held meanwhile, interpreter and data included, in units of 2^30 bytes.
     """
@@ -77,7 +77,7 @@ def measure_accuracy(
     test: Split,
     statistics: Statistics,
     bits: Sequence[int],
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = tuple(COMPARED),
 ) -> tuple[list[Accuracy], list[QuantizationCost]]:
     """Quantize a network with each method on each draw, and test it at each bit width.
 
@@ -87,7 +87,7 @@ def measure_accuracy(
         test: Images that the networks are tested on.
         statistics: Those of the inputs that the network expects.
         bits: Bit widths.
-        methods: Some of `METHODS` and `PEERS`.
+        methods: Some of `COMPARED` and `PEERS`.
 
     Returns:
         Accuracies, the float network's first, and costs.
@@ -118,7 +118,7 @@ def quantize_by(
     """Return the quantized networks by bit width, each with its `Quantized`; None in its place for a peer's."""
     if method in PEERS:
         return {width: (quantize_brevitas(model, batches, width, method), None) for width in bits}
-    results = quantize(model, batches, bits, seed=seed, **METHODS[method])
+    results = quantize(model, batches, bits, seed=seed, **COMPARED[method])
     return {width: (result.model, result) for width, result in results.items()}
 
 

@@ -21,9 +21,9 @@ from kdq_lightning.modules.schedule import Cycle, one_cycle
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.quantization.codebooks import QuantizedWeight
+from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.quantization.packing import load_packed, read_metadata, read_weights
 from kdq_lightning.runs.checkpoints import find_packed
-from kdq_lightning.runs.identity import DEFAULT_METHOD
 
 
 class Recover(Distillation):

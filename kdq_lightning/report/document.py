@@ -4,11 +4,12 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.report.answer import answer, over_all, sentence_on_shipping, verdict
 from kdq_lightning.report.claims import section_on_claims, sentence_on_gains
 from kdq_lightning.report.figures import draw_figures, render
 from kdq_lightning.report.findings import DROP_RESAMPLES, Findings
-from kdq_lightning.report.rows import DEFAULT_METHOD, Row, by_method
+from kdq_lightning.report.rows import Row, by_method
 from kdq_lightning.report.significance import RESAMPLES
 from kdq_lightning.report.table_formats import Table, to_csv, to_latex, to_markdown
 from kdq_lightning.report.tables import bytes_table, cell_table, drop_table, duel_table, gain_table, measure_table

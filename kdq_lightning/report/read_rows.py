@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.report.rows import DEFAULT_METHOD, Cell, Measurement, Row, method_order
+from kdq_lightning.quantization.methods import DEFAULT_METHOD
+from kdq_lightning.report.rows import Cell, Measurement, Row, method_order
 from kdq_lightning.runs.records import CORRECT, RECORDS, Record, find_records, identity, read_correct
 from kdq_lightning.runs.versions import version_number
 from kdq_lightning.strategies import Appearance, appearances

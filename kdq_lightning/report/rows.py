@@ -10,10 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.runs.records import MEASURES, Record
 from kdq_lightning.strategies import Appearance
-
-DEFAULT_METHOD = "default"
 
 
 @dataclass(frozen=True, eq=False)

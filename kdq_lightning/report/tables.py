@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.report.duels import Duel, File, files_of
 from kdq_lightning.report.findings import Drop
 from kdq_lightning.report.formatting import MISSING, format_difference, format_p, format_summary
 from kdq_lightning.report.published import BITS, published_drop, published_top1
-from kdq_lightning.report.rows import DEFAULT_METHOD, Row
+from kdq_lightning.report.rows import Row
 from kdq_lightning.report.significance import Difference
 from kdq_lightning.report.table_formats import Entry, Table, table_of_texts
 from kdq_lightning.runs.records import FLOAT_BITS, MEASURES

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from kdq_lightning.data.normalization import Channels, Statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network, count_classes, find_network
+from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.quantization.packing import is_packed, unpack
-from kdq_lightning.runs.identity import DEFAULT_METHOD
 from kdq_lightning.runs.records import identity, packed_path, read_records
 from kdq_lightning.runs.versions import newest_finished
 

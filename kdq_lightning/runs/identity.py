@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-DEFAULT_METHOD = "default"
-MIXED_METHOD = "mixed"
+from kdq_lightning.quantization.methods import DEFAULT_METHOD, MIXED_METHOD
 
 
 class Identity(NamedTuple):

@@ -19,8 +19,9 @@ from torch import Tensor
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
 from kdq_lightning.quantization.layer_report import LayerReport
+from kdq_lightning.quantization.methods import DEFAULT_METHOD, MIXED_METHOD
 from kdq_lightning.quantization.solvers import RENAMED_SOLVERS
-from kdq_lightning.runs.identity import DEFAULT_METHOD, MIXED_METHOD, Identity
+from kdq_lightning.runs.identity import Identity
 from kdq_lightning.runs.tables import Absent, Renamed, TableRow, annotation, columns, header, read_table, write_table
 
 RECORDS = "quantized.csv"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kdq_lightning.runs.identity import DEFAULT_METHOD, Identity
+from kdq_lightning.quantization.methods import DEFAULT_METHOD
+from kdq_lightning.runs.identity import Identity
 from kdq_lightning.runs.records import (
     FLOAT_BITS,
     LayerRecord,

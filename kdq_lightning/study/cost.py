@@ -1,8 +1,8 @@
 """Seconds that a run takes on this machine, from a few measured steps, forwards and one quantization."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import quantize
+from kdq_lightning.quantization.methods import choose_methods
 from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.study.run import Run
 
@@ -100,14 +101,16 @@ class CostMeter:
         forward = sum(self.forward_seconds(name, data) for name in networks)
         after = 0.0
         if quantization["enabled"]:
-            bits = () if self._strategy(run).is_quantized else tuple(quantization["bits"])
+            choices = [quantization[name] for name in ("methods", "solver", "codebook")]
+            methods = {} if self._strategy(run).is_quantized else choose_methods(*choices)
+            bits = tuple(quantization["bits"])
             evaluated = len(data.val_index) + quantization["test"] * len(data.test_set)
-            after = (len(bits) + 1) * evaluated * forward
+            after = (len(methods) * len(bits) + 1) * evaluated * forward
             if teacher := self._teacher_network(run):
                 after += evaluated * self.forward_seconds(teacher, data)
-            if bits:
-                count = quantization["calibration_images"]
-                after += sum(self.quantization_seconds(name, data, count, bits) for name in networks)
+            count = quantization["calibration_images"]
+            for method in methods.values():
+                after += sum(self.quantization_seconds(name, data, count, bits, method) for name in networks)
         if run.command != "fit":
             return RunCost(0.0, after)
         sizes = self.image_sizes(run)
@@ -194,16 +197,18 @@ class CostMeter:
 
         return self._once(("forward", name, id(data)), measure)
 
-    def quantization_seconds(self, name: str, data: ImageDataModule, count: int, bits: Sequence[int]) -> float:
-        """Return the seconds of quantizing a network at all bit widths together, calibrated on `count` images."""
+    def quantization_seconds(
+        self, name: str, data: ImageDataModule, count: int, bits: Sequence[int], method: Mapping[str, Any]
+    ) -> float:
+        """Return the seconds of quantizing a network by a method at all bit widths together, on `count` images."""
         network, images = self._network_and_images(name, data, count)
 
         def measure() -> float:
             start = time.perf_counter()
-            quantize(network, [images], bits)
+            quantize(network, [images], bits, **method)
             return time.perf_counter() - start
 
-        return self._once(("quantize", name, count, bits, id(data)), measure)
+        return self._once(("quantize", name, count, bits, str(method), id(data)), measure)
 
     def _network_and_images(self, name: str, data: ImageDataModule, count: int) -> tuple[nn.Module, Tensor]:
         network = build_network(name, data.num_classes).eval().to(self.device).to(memory_format=torch.channels_last)

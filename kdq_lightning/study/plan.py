@@ -10,10 +10,6 @@ runs:                                 # in this order; the folder of an earlier 
     config: vanilla_cpu.yaml          # beside the study's file
     seeds: [0]                        # some of the study's; all if not given
     overrides: {model.init_args.teacher: "{teacher}"}
-  vanilla_paper:                      # the same network, quantized in another way
-    config: vanilla_cpu.yaml
-    quantizes: vanilla
-    overrides: {quantization.codebook: paper}
 ```
 """
 
@@ -64,14 +60,12 @@ class RunEntry:
         config: Its config, a path relative to the study's file.
         overrides: Options in place of the config's; a run's name in braces stands for that run's folder.
         seeds: Some of the study's seeds; None for all of them.
-        quantizes: Name of an earlier run whose network is quantized again; None for a training.
         weights: See `PublicWeights`; None if the run is trained.
     """
 
     config: str
     overrides: dict | None = None  # type: ignore[type-arg]  # jsonargparse would parse the values of dict[str, Any]
     seeds: list[int] | None = None
-    quantizes: str | None = None
     weights: dict | None = None  # type: ignore[type-arg]
 
 
@@ -205,8 +199,6 @@ def _runs_of_a_seed(
     for name, entry in entries.items():
         own = dict(options[name])
         named = dict.fromkeys(_REFERENCE.findall(str(list(own.values()))))
-        if entry.quantizes is not None:
-            named[entry.quantizes] = None
         if missing := [needed for needed in named if needed not in places]:
             raise UserError(
                 f"{path}: run {name} needs {{{missing[0]}}}, and no run of that name stands before it with seed {seed}"
@@ -221,10 +213,8 @@ def _runs_of_a_seed(
             *("--trainer.default_root_dir", str(root)),
             *(f"--{key}={_as_text(value, places)}" for key, value in own.items()),
         ]
-        if entry.quantizes is not None:
-            arguments.append(f"--ckpt_path={places[entry.quantizes]}")
         needs = tuple(needed for needed in named if needed not in weights)
-        command = "quantize" if name in weights or entry.quantizes is not None else "fit"
+        command = "quantize" if name in weights else "fit"
         run = Run(name, seed, command, tuple(arguments), root, needs)
         places[name] = weights[name].path if name in weights else str(run.folder)
         runs.append(run)

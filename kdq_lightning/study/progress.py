@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdq_lightning.commands.command_line import read_settings
+from kdq_lightning.quantization.methods import choose_methods
 from kdq_lightning.runs.records import FLOAT_BITS, Record, find_records, identity
 from kdq_lightning.study.provenance import is_outdated
 from kdq_lightning.study.run import Run
-from kdq_lightning.training.post_training import choose_methods
 
 
 def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Path]]:
@@ -32,11 +32,8 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
             records[record.config_hash, record.seed].setdefault(folder, []).append(record)
     hashes: dict[str, tuple[str, list[tuple[str, int]], int]] = {}  # the same for every seed of a run
     done: dict[Run, list[Path]] = {}
-    trained = {(run.name, run.seed) for run in runs if run.is_trained}
     needed = {(name, run.seed) for run in runs for name in run.needs}
     for run in runs:
-        if run.command == "quantize" and any((name, run.seed) not in trained for name in run.needs):
-            continue  # the hash of its records is known once its weights are
         if run.name not in hashes:
             settings = read_settings(run.arguments)
             model = settings.config["model"]["init_args"]

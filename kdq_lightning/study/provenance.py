@@ -6,27 +6,22 @@ from pathlib import Path
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import file_digest
 from kdq_lightning.modules.teacher import Teacher
-from kdq_lightning.runs.checkpoints import find_checkpoint, find_packed, load_trained, read_checkpoint
-from kdq_lightning.runs.identity import DEFAULT_METHOD
+from kdq_lightning.quantization.methods import DEFAULT_METHOD
+from kdq_lightning.runs.checkpoints import find_packed, load_trained, read_checkpoint
 from kdq_lightning.study.run import Run
 
 
 def is_outdated(run: Run, version: Path) -> bool:
     """Return whether a version of a run used other weights than the study would give the run now.
 
-    A checkpoint holds a digest of the teacher's weights, which is compared. A quantized version is outdated if it is
-    older than the weights. If the checkpoint or the weights are gone, or belong to another study, nothing can be
-    compared, and the version counts as up to date.
+    A checkpoint holds a digest of the teacher's weights, which is compared. If the checkpoint or the weights are gone,
+    or belong to another study, nothing can be compared, and the version counts as up to date.
 
     Args:
         run: The run.
         version: Folder of the version.
     """
     with suppress(UserError):
-        quantized = next((option for option in run.options if option.startswith("--ckpt_path=")), None)
-        if quantized and version.parent.resolve() == run.folder.resolve():
-            weights = find_checkpoint(quantized.removeprefix("--ckpt_path="))
-            return weights.stat().st_mtime > (version / "config.yaml").stat().st_mtime
         if run.command == "fit" and run.needs:
             taught_by = read_checkpoint(version / "checkpoints" / "last.ckpt")
             return any(taught_by.get(key, digest) != digest for key, digest in _digests_now(run).items())

@@ -14,7 +14,7 @@ class Run:
     Attributes:
         name: Its name in the study's file.
         seed: Its seed.
-        command: `fit`, or `quantize` for a network that is trained already.
+        command: `fit`, or `quantize` for a network that someone else has trained.
         options: The command's options, with their dashes.
         root: Folder of the seed's run folders.
         needs: Names of the runs of the same seed whose weights this run reads.
@@ -50,7 +50,7 @@ class Run:
     @property
     def settings_arguments(self) -> list[str]:
         """Arguments of a training with the same settings, which can be read before any weights exist."""
-        return ["fit", *(option for option in self.options if not option.startswith("--ckpt_path="))]
+        return ["fit", *self.options]
 
     @property
     def line(self) -> str:

@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard import SummaryWriter
 
+from kdq_lightning.quantization.methods import CUSTOM_METHOD, DEFAULT_METHOD, METHODS, MIXED_METHOD
 from kdq_lightning.report.figures import accuracy_figure
-from kdq_lightning.runs.identity import DEFAULT_METHOD, MIXED_METHOD
 from kdq_lightning.runs.records import FLOAT_BITS, LayerRecord, Record, identity
 from kdq_lightning.runs.versions import next_number, version_folder
 from kdq_lightning.training.lightning_internals import write_hyperparameters, write_margin_charts
@@ -156,7 +156,7 @@ def _write_layer_errors(writer: SummaryWriter, layers: Sequence[LayerRecord], pe
 
 def _write_layout(writer: SummaryWriter) -> None:
     """Lay out the custom scalars, alike in every run: TensorBoard shows a chart of its own for each other layout."""
-    methods = [tag_of(method) for method in (DEFAULT_METHOD, "gpfq", "custom")]
+    methods = [tag_of(method) for method in (*METHODS, CUSTOM_METHOD)]
     charts = {
         "accuracy vs bits": [*(f"accuracy_vs_bits{method}" for method in methods), "float_accuracy"],
         "accuracy vs bytes": [f"accuracy_vs_bytes{method}" for method in [*methods, tag_of(MIXED_METHOD)]],

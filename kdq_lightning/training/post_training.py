@@ -1,9 +1,7 @@
 """What is done after training: the best checkpoint is quantized by each method at each bit width."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -17,8 +15,9 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import full_float32
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.quantization import Quantized, quantize
+from kdq_lightning.quantization.methods import DEFAULT_METHOD, METHODS, choose_methods
 from kdq_lightning.quantization.recipes import make_recipe
-from kdq_lightning.runs.identity import DEFAULT_METHOD, Identity
+from kdq_lightning.runs.identity import Identity
 from kdq_lightning.runs.records import FLOAT_BITS, identity
 from kdq_lightning.runs.result_folder import ResultFolder
 from kdq_lightning.runs.versions import mark_finished
@@ -28,39 +27,7 @@ from kdq_lightning.training.quantized_run import QuantizedRun
 from kdq_lightning.training.result_tables import terminal_table
 from kdq_lightning.training.trained_run import TrainedRun
 
-METHODS: dict[str, dict[str, Any]] = {DEFAULT_METHOD: {}, "gpfq": {"mode": "official"}}
-"""Options of `quantize` by method.
-
-`default` is the best known for each bit width, with at most 2^b levels; `gpfq` is the published recursion whole (Zhang,
-Zhou, Saab 2023, arXiv 2201.11113), with 2^b + 1 levels. They stand side by side in all that is written.
-"""
 FLOAT_METHOD = ""  # of the float network's row
-CUSTOM = "custom"  # what a user's solver or codebook makes of `default`
-
-
-def choose_methods(names: Sequence[str], solver: str | None, codebook: str | None) -> dict[str, dict[str, Any]]:
-    """Return the options of `quantize` by the name that records give the method.
-
-    Args:
-        names: Some of `METHODS`.
-        solver: Of the user; turns `default` into `CUSTOM`, as does a codebook.
-        codebook: Of the user.
-
-    Raises:
-        UserError: If there is no method, one twice, or one unknown, or if solver and codebook would change nothing.
-    """
-    if not names or len(set(names)) != len(names):
-        raise UserError(f"methods are one or more different ones of {', '.join(METHODS)}, got {list(names)}")
-    if unknown := [name for name in names if name not in METHODS]:
-        raise UserError(f"unknown method {unknown[0]!r}: choose one or more of {', '.join(METHODS)}")
-    given = {key: value for key, value in (("solver", solver), ("codebook", codebook)) if value is not None}
-    if given and DEFAULT_METHOD not in names:
-        raise UserError(
-            f"{' and '.join(given)} change the method default, which is not among the methods {list(names)}: add it, or"
-            f" leave out {' and '.join(given)}"
-        )
-    methods = {name: METHODS[name] for name in names if not given or name != DEFAULT_METHOD}
-    return {CUSTOM: given, **methods} if given else methods
 
 
 class PostTrainingQuantization(Callback):

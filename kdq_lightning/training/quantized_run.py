@@ -10,8 +10,9 @@ from torch import nn
 import kdq_lightning
 from kdq_lightning.evaluation import percent
 from kdq_lightning.quantization import Quantized
+from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.runs.checkpoints import packed_metadata, state_dict_bytes
-from kdq_lightning.runs.identity import DEFAULT_METHOD, Identity
+from kdq_lightning.runs.identity import Identity
 from kdq_lightning.runs.records import LayerRecord, Record, packed_path
 from kdq_lightning.runs.result_folder import ResultFolder
 from kdq_lightning.training.trained_run import Evaluations, TrainedRun
