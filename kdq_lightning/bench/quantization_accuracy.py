@@ -17,15 +17,16 @@ from kdq_lightning.bench.peers import PEERS, quantize_brevitas
 from kdq_lightning.data.normalization import Statistics, normalize
 from kdq_lightning.evaluation import Split, evaluate
 from kdq_lightning.quantization import Quantized, quantize
-from kdq_lightning.quantization.methods import METHODS
+from kdq_lightning.quantization.methods import DEFAULT_METHOD, METHODS
 from kdq_lightning.quantization.packing import save_packed
 from kdq_lightning.runs.checkpoints import state_dict_bytes
 
 BATCH = 256  # calibration images
 
 COMPARED: dict[str, dict[str, Any]] = {
-    **METHODS,
+    "gpfq": METHODS["gpfq"],
     "rounding": {"solver": "rounding", "codebook": "int", "scale": "channel", "refine": 0, "match_moments": False},
+    DEFAULT_METHOD: METHODS[DEFAULT_METHOD],
 }
 """Arguments of `quantize` by method: those of `METHODS`, and plain rounding with the best scale a channel."""
 
