@@ -1,9 +1,10 @@
 """The only evaluator: accuracy, loss and calibration of a classifier, image by image, exact over all ranks."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,10 @@ class Split:
 
     images: Tensor
     labels: Tensor
+
+    def take(self, index: Tensor | slice) -> "Split":
+        """Return some of the images."""
+        return Split(self.images[index], self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -134,16 +139,40 @@ def evaluate(
     Raises:
         UserError: If an output is not finite.
     """
-    network.eval()
-    device = next(network.parameters()).device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    evaluator = Evaluator().to(device)
-    with full_float32(device):
-        share = torch.arange(rank, len(split.labels), world_size)
+    device = next(network.parameters()).device
+    share = torch.arange(rank, len(split.labels), world_size)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for index in torch.split(share, BATCH.get(device.type, BATCH["cpu"])):
             images = normalize(split.images[index].to(device), statistics)
-            logits = network(images.contiguous(memory_format=torch.channels_last))
-            evaluator.update(logits, split.labels[index].to(device), index.to(device))
+            yield images.contiguous(memory_format=torch.channels_last), split.labels[index], index
+
+    return evaluate_batches(network, batches(), progress)
+
+
+@torch.no_grad()
+def evaluate_batches(
+    network: nn.Module,
+    batches: Iterable[tuple[Any, Tensor, Tensor]],
+    progress: Callable[[int], None] = lambda images: None,
+) -> Evaluation:
+    """Evaluate a network on batches, each image once over all ranks, in float32.
+
+    Args:
+        network: On the device to compute on; it is put into eval mode, nothing else of it changes.
+        batches: Inputs on the device, their labels (batch,) and their places among all images (batch,).
+        progress: Called with the number of images that were done since the last call.
+
+    Raises:
+        UserError: If an output is not finite.
+    """
+    network.eval()
+    device = next(network.parameters()).device
+    evaluator = Evaluator().to(device)
+    with full_float32(device):
+        for inputs, labels, index in batches:
+            evaluator.update(network(inputs), labels.to(device), index.to(device))
             progress(len(index))
     evaluation = evaluator.evaluation()
     if not math.isfinite(evaluation.nll):

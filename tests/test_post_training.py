@@ -37,7 +37,8 @@ from kdq_lightning.runs.config_hash import config_hash
 from kdq_lightning.runs.records import Record, read_correct, read_layers, read_records
 from kdq_lightning.training import post_training, trained_run
 from kdq_lightning.training.callbacks import checkpoint_callbacks
-from kdq_lightning.training.dashboard import Dashboard, interval
+from kdq_lightning.training.curves import interval
+from kdq_lightning.training.dashboard import Dashboard
 from kdq_lightning.training.post_training import PostTrainingQuantization
 from kdq_lightning.training.trainer import Trainer
 from tests.conftest import FEW_STEPS, config
@@ -242,7 +243,7 @@ def test_killed_and_resumed(write: int, run: Path, widths: list[list[int]], monk
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, write)
         if write == WRITES:  # all is written but the dashboard
-            patch.setattr(post_training, "write_quantized", lambda *_: (_ for _ in ()).throw(Killed))
+            patch.setattr(post_training, "publish_quantized", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             main(["fit", *QUICK, "--ckpt_path=last"])
     finished = {int(row["bits"]) for row in table(run)} if (run / "quantized.csv").exists() else set()
@@ -498,9 +499,15 @@ def test_test_set_left_alone(workspace: Path, monkeypatch: pytest.MonkeyPatch):
     assert values == pytest.approx([record.val_top1 for record in records[:-1]], abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "option", ["--quantization.enabled=false", "--trainer.fast_dev_run=true", "--trainer.logger=false"]
-)
+def test_without_a_logger(workspace: Path):
+    """The results lie in the default root, and no folder passes for a version."""
+    assert fit("--trainer.logger=false") == []
+    assert [record.bits for record in read_records(Path("runs"))] == [*BITS, 32]
+    assert len(list(Path("runs/packed").iterdir())) == len(BITS)
+    assert not list(workspace.rglob("finished")) and not list(workspace.rglob("events*"))
+
+
+@pytest.mark.parametrize("option", ["--quantization.enabled=false", "--trainer.fast_dev_run=true"])
 def test_switched_off(option: str, workspace: Path):
     assert fit(option) == []
     assert not list(workspace.rglob("packed")) and not list(workspace.rglob("*.quantized"))

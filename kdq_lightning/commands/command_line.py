@@ -72,7 +72,9 @@ class CommandLine(LightningCLI):
         parser.add_argument(
             "--name", type=str | None, default=None, help="Run folder; default: the config's file name."
         )
-        parser.add_lightning_class_args(PostTrainingQuantization, "quantization")
+        own = {"network", "evaluate"}  # of modules that are not ours
+        parser.add_class_arguments(PostTrainingQuantization, "quantization", sub_configs=True, skip=own)
+        parser.callback_keys.append("quantization")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -33,17 +33,19 @@ class ResultFolder:
         correct: Which images were classified correctly, bool (images,), by `Record.correct_key`.
     """
 
-    def __init__(self, folder: Path, config_hash: str) -> None:
+    def __init__(self, folder: Path, config_hash: str, has_vectors: bool = True) -> None:
         """Read what is there.
 
         Args:
             folder: Of the version.
             config_hash: Of the records that count.
+            has_vectors: Whether a row has vectors, without which it is not whole.
 
         Raises:
             UserError: If a file is damaged.
         """
         self.folder = folder
+        self.has_vectors = has_vectors
         self.records = [record for record in read_records(folder) if record.config_hash == config_hash]
         known = {identity(record) for record in self.records}
         self.layers = [layer for layer in read_layers(folder) if identity(layer) in known]
@@ -61,7 +63,7 @@ class ResultFolder:
         done = {
             identity(record)
             for record in self.records
-            if any(record.correct_key(split) in self.correct for split in ("val", "test"))
+            if (not self.has_vectors or any(record.correct_key(split) in self.correct for split in ("val", "test")))
             and (record.bits == FLOAT_BITS or packed_path(self.folder, record).exists())
         }
         wanted = {width: Identity(name, "" if width == FLOAT_BITS else method, width) for width in bits}

@@ -102,6 +102,15 @@ def pass_on_signal(trainer: LightningTrainer, signum: int) -> None:
         trainer.strategy.launcher.kill(signum)
 
 
+def set_up_validation_loaders(trainer: LightningTrainer) -> None:
+    """Let `trainer.val_dataloaders` be there: Lightning doesn't ask for them if there is nothing left to train.
+
+    Relies on: `fit_loop.epoch_loop.val_loop.setup_data`, which asks the source of the loaders that `fit` was given.
+    """
+    if trainer.val_dataloaders is None:
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+
+
 def write_hyperparameters(writer: SummaryWriter, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
     """Write a run's row of TensorBoard's HParams tab; `SummaryWriter.add_hparams` would make a run of its own.
 

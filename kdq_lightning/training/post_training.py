@@ -8,23 +8,24 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
-from torch import Tensor
 
-from kdq_lightning.data.normalization import normalize
+from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import full_float32
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.quantization import Quantized, quantize
-from kdq_lightning.quantization.methods import DEFAULT_METHOD, METHODS, choose_methods
+from kdq_lightning.quantization.methods import CUSTOM_METHOD, DEFAULT_METHOD, METHODS, choose_methods
 from kdq_lightning.quantization.recipes import make_recipe
 from kdq_lightning.runs.identity import Identity
 from kdq_lightning.runs.records import FLOAT_BITS, identity
 from kdq_lightning.runs.result_folder import ResultFolder
-from kdq_lightning.runs.versions import mark_finished
-from kdq_lightning.training.dashboard import has_quantized, write_quantized
+from kdq_lightning.runs.versions import is_version, mark_finished
+from kdq_lightning.training.dashboard import has_quantized, publish_quantized
+from kdq_lightning.training.plain_run import Evaluate, PlainRun
 from kdq_lightning.training.progress_bars import QuantizationBars
 from kdq_lightning.training.quantized_run import QuantizedRun
 from kdq_lightning.training.result_tables import terminal_table
+from kdq_lightning.training.source import Source
 from kdq_lightning.training.trained_run import TrainedRun
 
 FLOAT_METHOD = ""  # of the float network's row
@@ -33,8 +34,10 @@ FLOAT_METHOD = ""  # of the float network's row
 class PostTrainingQuantization(Callback):
     """After training, quantizes the best checkpoint by each method at each bit width; the module itself stays as it is.
 
-    Results go into the run folder: `quantized.csv`, `correct.safetensors`, `layers.csv`, `packed/`, and the dashboard.
-    What has its results there is not done again.
+    Works in any Lightning project. Results go into the folder of the first logger, or into the trainer's
+    `default_root_dir` without one: `quantized.csv`, `correct.safetensors`, `layers.csv`, `packed/`; the accuracies go
+    to every logger. What has its results there is not done again: after a kill, call `trainer.fit` with the last
+    checkpoint once more.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class PostTrainingQuantization(Callback):
         codebook: str | None = None,
         test: bool = True,
         enabled: bool = True,
+        network: str | None = None,
+        evaluate: Evaluate | None = None,
     ) -> None:
         """Choose what is done once training has ended.
 
@@ -58,6 +63,11 @@ class PostTrainingQuantization(Callback):
             codebook: `paper`, `int`, `signed`, `midrise`, `narrow`, `soft` or `hard`; likewise.
             test: Whether to evaluate on the test images, too; tuning runs leave them alone.
             enabled: Whether to quantize at all.
+            network: Name of the network among the module's submodules; if not given, what the module's `networks()`
+                returns by name, or its only child with parameters.
+            evaluate: Takes a network in eval mode and a loader of the validation or test images, and returns numbers
+                by name; `top1`, in percent, is drawn as the accuracy. If not given, batches are (inputs, labels), and
+                the network's accuracy on them is measured.
 
         Raises:
             UserError: If there is no bit width or method, one twice, or an option is unknown.
@@ -70,12 +80,30 @@ class PostTrainingQuantization(Callback):
         self.bits = tuple(sorted(bits))
         self.calibration_images = calibration_images
         self.test, self.enabled = test, enabled
+        self.network, self.evaluate = network, evaluate
         self.config_hash = ""  # set by the command line, which knows the configuration
+        self._has_trained = False
+
+    # --- when
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse before training what quantization would refuse after it."""
-        if self.enabled and stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.datamodule.calibration_images(self.calibration_images)  # type: ignore[attr-defined]
+        self._has_trained = False
+        if self._is_idle(trainer) or stage != "fit" or not is_ours(trainer, pl_module):
+            return
+        if self.network is not None or self.evaluate is not None:
+            raise UserError("network and evaluate are for modules of other projects: leave them out")
+        trainer.datamodule.calibration_images(self.calibration_images)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        """Refuse before the first step what needs the loaders to be seen.
+
+        Raises:
+            UserError: If networks or images can't be found.
+        """
+        self._has_trained = True
+        if not self._is_idle(trainer) and not is_ours(trainer, pl_module):
+            self._plain_run(trainer, pl_module).check_calibration(self.calibration_images)
 
     def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Quantize, and say how to repeat it if that fails: the checkpoint is safe by then.
@@ -83,16 +111,28 @@ class PostTrainingQuantization(Callback):
         Raises:
             UserError: If quantization failed, so that the command's exit code tells.
         """
-        if not self.enabled or trainer.fast_dev_run or trainer.logger is None:  # type: ignore[attr-defined]
-            return
-        folder = trainer.log_dir  # a collective call, so every rank makes it
+        if not self._is_idle(trainer):
+            self._quantize_after_training(trainer, pl_module)
+
+    def on_fit_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        """Quantize a run that is gone on with where nothing was left to train: Lightning calls no other hook then."""
+        if not self._has_trained and not self._is_idle(trainer):
+            self._quantize_after_training(trainer, pl_module)
+
+    def _is_idle(self, trainer: LightningTrainer) -> bool:
+        return not self.enabled or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+    def _quantize_after_training(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        source = self._source(trainer, pl_module)
         try:
-            self.quantize(trainer, pl_module)
+            self._quantize(source)
         except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             raise UserError(
                 f"training is finished and its checkpoint kept, but quantization failed: {error}; to repeat only that:"
-                f" kdq fit --config {folder}/config.yaml --ckpt_path {folder}"
+                f" {source.repeat}"
             ) from error
+
+    # --- what
 
     def is_complete(self, folder: Path, module: Classifier) -> bool:
         """Return whether a version's folder holds every result of the module's networks."""
@@ -108,28 +148,41 @@ class PostTrainingQuantization(Callback):
         return [float_row, *(Identity(name, method, bits) for method in self.methods for bits in self.bits)]
 
     def quantize(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
-        """Do what the run folder lacks, network by network, then write dashboard and table.
+        """Do what the results' folder lacks, network by network, then write dashboard and table.
 
         Raises:
             UserError: If the network or an option can't be used, or a file can't be written.
         """
-        assert isinstance(pl_module, Classifier)
-        source = TrainedRun(trainer, pl_module, self.test)
-        calibration = source.calibration_share(self.calibration_images)  # refused, if it is, before anything is written
-        run = QuantizedRun(source, self.config_hash)
+        self._quantize(self._source(trainer, pl_module))
+
+    def _source(self, trainer: LightningTrainer, pl_module: LightningModule) -> Source:
+        if isinstance(pl_module, Classifier) and is_ours(trainer, pl_module):
+            return TrainedRun(trainer, pl_module, self.test, self.config_hash)
+        source = self._plain_run(trainer, pl_module)
+        options = {"images": self.calibration_images, "test": self.test}
+        source.identify(**options, custom=self.methods.get(CUSTOM_METHOD))
+        return source
+
+    def _plain_run(self, trainer: LightningTrainer, pl_module: LightningModule) -> PlainRun:
+        return PlainRun(trainer, pl_module, self.network, self.evaluate, self.test)
+
+    def _quantize(self, source: Source) -> None:
+        source.inputs(source.names[0], self.calibration_images)  # refused, if they are, before anything is written
+        run = QuantizedRun(source)
+        trainer = source.trainer
         bar = trainer.progress_bar_callback
         if isinstance(bar, RichProgressBar):
-            bar.teardown(trainer, pl_module, "fit")  # only one display can be live at a time
+            bar.teardown(trainer, trainer.lightning_module, "fit")  # only one display can be live at a time
         shown = trainer.is_global_zero and bar is not None
         with QuantizationBars(shown, after_update=source.stop_if_terminated) as bars:
-            for name in pl_module.networks():
-                if pl_module.is_quantized:
+            for name in source.names:
+                if source.packed_weights:
                     self._record_recovered(run, name, bars)
                 else:
-                    self._quantize_network(run, name, calibration, bars)
+                    self._quantize_network(run, name, bars)
         source.on_rank_zero(partial(publish, run))
 
-    def _quantize_network(self, run: QuantizedRun, name: str, calibration: Tensor, bars: QuantizationBars) -> None:
+    def _quantize_network(self, run: QuantizedRun, name: str, bars: QuantizationBars) -> None:
         """Evaluate a network in float, once, then quantize it by each method and evaluate it at each bit width."""
         missing = run.missing(self.rows(name))
         if not missing:
@@ -146,7 +199,7 @@ class PostTrainingQuantization(Callback):
             if not rows:
                 continue
             with full_float32(source.device):
-                images = normalize(calibration.to(source.device), source.statistics(name))
+                images = source.inputs(name, self.calibration_images)
                 widths = [row.bits for row in rows]
                 quantized = quantize(network, [images], widths, progress=bars.layers, **options)
             for row in rows:
@@ -167,13 +220,26 @@ class PostTrainingQuantization(Callback):
         run.add_row(row, network, evaluations, quantized=Quantized(network, [], weights))
 
 
+def is_ours(trainer: LightningTrainer, module: LightningModule) -> bool:
+    """Return whether a run is one of this project, whose networks know the statistics of their inputs."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return isinstance(module, Classifier) and isinstance(data, ImageDataModule)
+
+
 def publish(run: QuantizedRun) -> None:
-    """Write the dashboard, print the table, and mark the version as finished."""
-    folder, results = run.source.folder, run.results
-    main = run.source.splits.get("test") or run.source.splits["val"]
-    write_quantized(folder, results.records, results.layers, len(main.labels), dict(run.source.module.hparams))
-    mark_finished(folder)
+    """Write the results to the loggers, print the table, and mark a version of ours as finished."""
+    source, results = run.source, run.results
+    publish_quantized(
+        source.trainer.loggers,
+        results.records,
+        results.layers,
+        source.splits[source.main_split],
+        source.hyperparameters,
+    )
+    if isinstance(source, TrainedRun) and is_version(source.folder):
+        mark_finished(source.folder)
     console = Console()
     console.print(terminal_table(results.records))
-    console.print(f"records and packed files: {folder}", soft_wrap=True)
-    console.print(f"curves (take the smoothing away): tensorboard --logdir {folder.parent.parent}", soft_wrap=True)
+    console.print(f"records and packed files: {source.folder}", soft_wrap=True)
+    if has_quantized(source.folder):
+        console.print(f"curves: tensorboard --logdir {source.folder.parent.parent}", soft_wrap=True)

@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 import kdq_lightning
-from kdq_lightning.evaluation import percent
+from kdq_lightning.evaluation import Evaluation
 from kdq_lightning.quantization import Quantized
 from kdq_lightning.quantization.methods import DEFAULT_METHOD
-from kdq_lightning.runs.checkpoints import packed_metadata, state_dict_bytes
+from kdq_lightning.runs.checkpoints import state_dict_bytes
 from kdq_lightning.runs.identity import Identity
 from kdq_lightning.runs.records import LayerRecord, Record, packed_path
 from kdq_lightning.runs.result_folder import ResultFolder
-from kdq_lightning.training.trained_run import Evaluations, TrainedRun
+from kdq_lightning.training.source import Evaluations, Source
 
 
 class QuantizedRun:
@@ -25,20 +25,18 @@ class QuantizedRun:
         source: The trained run.
     """
 
-    def __init__(self, source: TrainedRun, config_hash: str) -> None:
+    def __init__(self, source: Source) -> None:
         """Name the run; its results are read when they are needed.
 
         Args:
             source: The trained run.
-            config_hash: Of the records.
         """
         self.source = source
-        self.config_hash = config_hash
 
     @cached_property
     def results(self) -> ResultFolder:
         """The folder's results, for rank 0 alone: the others would read while it writes."""
-        return ResultFolder(self.source.folder, self.config_hash)
+        return ResultFolder(self.source.folder, self.source.config_hash, self.source.has_vectors)
 
     def missing(self, rows: Iterable[Identity]) -> list[Identity]:
         """Return those of the rows whose results are not in the folder."""
@@ -72,7 +70,7 @@ class QuantizedRun:
             UserError: If a file can't be written.
         """
         record = self._record(row, evaluations, float_evaluations, quantized)
-        correct = {split: evaluation.correct for split, evaluation in evaluations.items()}
+        correct = {split: e.correct for split, e in evaluations.items() if isinstance(e, Evaluation)}
         reports = quantized.layers if quantized else []
         layers = [LayerRecord(**vars(report), network=row.name, method=row.method, bits=row.bits) for report in reports]
 
@@ -96,43 +94,22 @@ class QuantizedRun:
     ) -> Record:
         """Return the row; the size of its file is not known yet."""
         source = self.source
-        network = source.module.network_names()[row.name]
-        val, test = evaluations.get("val"), evaluations.get("test")
-        main = "test" if test else "val"  # the split that everything but accuracy is measured on
-        measured = evaluations[main]
-        floats = float_evaluations[main] if float_evaluations else None
-        teacher = source.teacher_evaluations[main] if source.teacher_evaluations else None
         return Record(
-            run=source.folder.parent.name,
-            dataset=source.data.dataset,
-            network=network,
-            peer="" if row.name == network else row.name,
             method=row.method,
             bits=row.bits,
-            val_top1=val.top1 if val else None,
-            val_top5=val.top5 if val else None,
-            test_top1=test.top1 if test else None,
-            test_top5=test.top5 if test else None,
-            agreement_float=percent(measured.classes == floats.classes) if floats else None,
-            agreement_teacher=percent(measured.classes == teacher.classes) if teacher else None,
-            flips=percent(measured.correct != floats.correct) if floats else None,
-            nll=measured.nll,
-            ece=measured.ece,
             packed_bytes=0,
-            partial=source.partial,
-            config_hash=self.config_hash,
+            config_hash=source.config_hash,
             version=kdq_lightning.__version__,
-            **source.origin,
+            **source.fields(row.name),
+            **source.measured(evaluations, float_evaluations),
             **quantization_fields(quantized),
         )
 
     def _metadata(self, record: Record) -> dict[str, str]:
         """Return what the packed file says of its network."""
-        source = self.source
-        keys = ["dataset", "strategy", "peer", "seed", "bits", "config_hash"]
+        keys = ["network", "dataset", "strategy", "peer", "seed", "bits", "config_hash"]
         keys += ["method"] * (record.method != DEFAULT_METHOD)
-        more = {key: str(getattr(record, key)) for key in keys}
-        return packed_metadata(record.network, source.module.num_classes, source.statistics(record.name), **more)
+        return {**{key: str(getattr(record, key)) for key in keys}, **self.source.metadata(record.name)}
 
 
 FLOAT_ROW = {"solver": "", "codebook": "", "levels": None, "relative_error": None, "seconds": None}

@@ -1,0 +1,121 @@
+"""The points that quantization gives to loggers: accuracy against bits and bytes, and single numbers of a run."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from statistics import NormalDist, fmean
+from typing import NamedTuple
+
+from kdq_lightning.quantization.methods import CUSTOM_METHOD, DEFAULT_METHOD, METHODS, MIXED_METHOD
+from kdq_lightning.runs.records import FLOAT_BITS, Record, identity
+
+SUMMARIZED = (2, 3, 4, 8)  # bit widths whose accuracies stand beside the hyper-parameters
+PEERS = ("", "/peer0", "/peer1")  # ends of tags that the charts of the custom scalars show
+
+SUMMARY_TAGS = {FLOAT_BITS: "quantized/float", **{bits: f"quantized/accuracy_{bits}bit" for bits in SUMMARIZED}}
+"""Tags of the numbers that stand beside the hyper-parameters, by bit width."""
+
+
+class Point(NamedTuple):
+    """A point of a curve.
+
+    Attributes:
+        tag: Of the curve.
+        step: Bit width, bytes, or 0 for a number that stands alone.
+        value: The number.
+    """
+
+    tag: str
+    step: int
+    value: float
+
+
+def points_of(records: Sequence[Record], images: int) -> list[Point]:
+    """Return all points of a run.
+
+    Args:
+        records: Of all its networks, methods and bit widths, those of a network one after another.
+        images: Number of images that the records' accuracies (`Record.top1`) were measured on.
+    """
+    points = list(_summary(records))
+    for peer, group in groupby(records, key=lambda record: record.peer):
+        points += _network_points(list(group), f"/{peer}" if peer else "", images)
+    return points
+
+
+def _network_points(records: Sequence[Record], suffix: str, images: int) -> Iterator[Point]:
+    """Yield the points of one network; its tags end in `suffix`."""
+
+    def with_interval(tag: str, value: float | None, step: int) -> Iterator[Point]:
+        if value is not None:
+            for end, shown in zip(("", "_low", "_high"), (value, *interval(value, images)), strict=True):
+                yield Point(f"quantized/{tag}{end}{suffix}", step, shown)
+
+    floats = [record for record in records if record.bits == FLOAT_BITS]
+    quantized = [record for record in records if record.bits != FLOAT_BITS]
+    for record in quantized:
+        method, bits = tag_of(record.method), identity(record).bits
+        yield from with_interval(f"accuracy_vs_bytes{method}", record.top1, record.packed_bytes)
+        if record.method == MIXED_METHOD:
+            continue
+        yield from with_interval(f"accuracy_vs_bits{method}", record.top1, bits)
+        if record.method == DEFAULT_METHOD:
+            yield from with_interval("agreement_vs_bits", record.agreement_float, bits)
+        for name, text in record.unknown.items():  # what a user's own evaluation found
+            if name.startswith(("val_", "test_")):
+                yield Point(f"quantized/{name}_vs_bits{method}{suffix}", bits, float(text))
+    for bits in sorted({identity(record).bits for record in quantized if record.method != MIXED_METHOD}):
+        yield from with_interval("float_accuracy", floats[0].top1 if floats else None, bits)
+
+
+def _summary(records: Sequence[Record]) -> Iterator[Point]:
+    """Yield the numbers beside the hyper-parameters: of `default`, means over the peers, alike in every run."""
+    for bits, tag in SUMMARY_TAGS.items():
+        accuracies = [
+            record.top1
+            for record in records
+            if record.bits == bits and record.method in (DEFAULT_METHOD, "") and record.top1 is not None
+        ]
+        if accuracies:
+            yield Point(tag, 0, fmean(accuracies))
+
+
+def charts() -> dict[str, list[tuple[str, str, str]]]:
+    """Return the charts of the custom scalars by title: tags of value, lower and upper bound of each series.
+
+    They are alike in every run, as TensorBoard shows charts of their own for each other layout.
+    """
+    methods = [tag_of(method) for method in (*METHODS, CUSTOM_METHOD)]
+    tags = {
+        "accuracy vs bits": [*(f"accuracy_vs_bits{method}" for method in methods), "float_accuracy"],
+        "accuracy vs bytes": [f"accuracy_vs_bytes{method}" for method in [*methods, tag_of(MIXED_METHOD)]],
+    }
+    return {
+        title: [
+            (f"quantized/{tag}{suffix}", f"quantized/{tag}_low{suffix}", f"quantized/{tag}_high{suffix}")
+            for suffix in PEERS
+            for tag in shown
+        ]
+        for title, shown in tags.items()
+    }
+
+
+def tag_of(method: str) -> str:
+    """Return what a method adds to the tags of its curves: nothing for `default`."""
+    return "" if method == DEFAULT_METHOD else f"_{method}"
+
+
+def interval(percent: float, images: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of images, in percent.
+
+    Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
+
+    Args:
+        percent: The share, in percent.
+        images: Number of images that it is a share of.
+    """
+    share, z = percent / 100, NormalDist().inv_cdf(0.975)
+    centre = share + z**2 / (2 * images)
+    radius = z * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
+    low, high = ((centre + side * radius) / (1 + z**2 / images) for side in (-1, 1))
+    return 100 * max(low, 0.0), 100 * min(high, 1.0)

@@ -1,0 +1,343 @@
+"""A run of any other Lightning project as quantization reads it: any LightningModule, on loaders or any datamodule."""
+
+import copy
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from kdq_lightning.errors import UserError
+from kdq_lightning.evaluation import evaluate_batches, full_float32
+from kdq_lightning.random_draws import random_integers, random_uniform
+from kdq_lightning.runs.checkpoints import state_dict_bytes
+from kdq_lightning.training.lightning_internals import set_up_validation_loaders
+from kdq_lightning.training.source import Evaluations, Source
+
+Evaluate = Callable[[nn.Module, DataLoader[Any]], dict[str, float]]
+"""What a user evaluates a network with: it returns numbers by name; `top1`, in percent, is drawn as the accuracy."""
+
+SEED = 0  # of the calibration images, whatever the run's seed
+BATCH = 64  # images, where the loader's own sampler hides how many it takes
+
+
+class PlainRun(Source):
+    """The networks of a LightningModule, and the data sets of its loaders.
+
+    Images are read by their index from the data sets, not through the loaders, whose order differs with the run's seed
+    and the number of processes.
+
+    Attributes:
+        module: The trained module.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, network: str | None, evaluate: Evaluate | None, test: bool
+    ) -> None:
+        """Find networks and loaders.
+
+        Args:
+            trainer: Whose loaders are set up.
+            module: The module.
+            network: Name of its network among its submodules; None if there is only one it can be.
+            evaluate: Of the user; None measures the accuracy on batches (inputs, labels).
+            test: Whether the test images are evaluated.
+
+        Raises:
+            UserError: If there is no such network, or images can't be read by their index.
+        """
+        super().__init__(trainer)
+        self.module = module
+        self._networks = find_networks(module, network)
+        self._evaluate = evaluate
+        self.has_vectors = evaluate is None
+        self._train = one_loader(trainer.train_dataloader, "training")
+        set_up_validation_loaders(trainer)
+        found = {"val": one_loader(trainer.val_dataloaders, "validation")}
+        if test:
+            found["test"] = one_loader(test_loaders(trainer, module), "test")
+        counts = {
+            split: self.limited(split, len(loader.dataset), batch_size_of(loader))  # type: ignore[arg-type]
+            for split, loader in found.items()
+            if loader
+        }
+        self._loaders = {
+            split: in_order(loader, range(counts[split])) for split, loader in found.items() if loader and counts[split]
+        }
+        self.splits = {split: counts[split] for split in self._loaders}
+        self.partial = any(
+            counts[split] < len(loader.dataset)  # type: ignore[arg-type]
+            for split, loader in found.items()
+            if loader
+        )
+        self.repeat = "call trainer.fit again with ckpt_path"
+        if self._train is None:
+            raise UserError("PostTrainingQuantization needs a training loader, whose images it calibrates on")
+        if not self.splits:
+            raise UserError(
+                "PostTrainingQuantization has no image to evaluate on: give a validation loader, or a datamodule with"
+                " a test loader"
+            )
+        if min(self.splits.values()) < trainer.world_size:
+            raise UserError(f"{min(self.splits.values())} images can't be shared among {trainer.world_size} processes")
+
+    @property
+    def names(self) -> list[str]:
+        """The names that the module gives, or the name of its attribute."""
+        return list(self._networks)
+
+    def identify(self, **options: object) -> None:
+        """Set the `config_hash` from the weights and what is done with them.
+
+        Args:
+            **options: Of the callback.
+        """
+        evaluate = getattr(self._evaluate, "__qualname__", repr(type(self._evaluate)))
+        settings = {**options, "evaluate": evaluate, "splits": self.splits}
+        digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=6)
+        for name in self.names:
+            digest.update(state_dict_bytes(self.network(name)))
+        self.config_hash = digest.hexdigest()
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Any]:
+        """Those that the module has saved."""
+        return dict(self.module.hparams)
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """Return the fields of a network's records that don't depend on the bit width.
+
+        The class of the module stands for the strategy, that of the data for the data set.
+        """
+        assert self._train is not None
+        data = self.trainer.datamodule or self._train.dataset  # type: ignore[attr-defined]
+        has_peers = len(self.names) > 1
+        return {
+            "run": self.run_name,
+            "dataset": type(data).__name__,
+            "strategy": type(self.module).__name__,
+            "network": type(self._networks[name]).__name__ if has_peers else name,
+            "peer": name if has_peers else "",
+            "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            "epochs": self.trainer.max_epochs if (self.trainer.max_epochs or -1) > 0 else None,
+            "partial": self.partial,
+        }
+
+    def metadata(self, name: str) -> dict[str, str]:
+        """Return the classes of module and network."""
+        return {"module": type(self.module).__qualname__, "class": type(self._networks[name]).__qualname__}
+
+    # --- weights
+
+    def network(self, name: str) -> nn.Module:
+        """Return a copy of a network with its best weights, in float32 and eval mode, on the device."""
+        network = copy.deepcopy(self._networks[name]).float()
+        if self._best:
+            places = {id(module): place for place, module in self.module.named_modules()}
+            prefix = f"{places[id(self._networks[name])]}."
+            state = {key.removeprefix(prefix): v for key, v in self._best.items() if key.startswith(prefix)}
+            network.load_state_dict(state)
+        return network.to(self.device).eval()
+
+    @cached_property
+    def _best(self) -> dict[str, Tensor]:
+        """The state dict of the best checkpoint; empty if there is none, so that the module's own weights are used."""
+        path = Path(getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "/")
+        if not path.is_file():
+            return {}
+        # This run has written the file itself, and foreign hyper-parameters need not be plain data.
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
+        return state
+
+    # --- images
+
+    def inputs(self, name: str, count: int) -> Tensor:
+        """Return this process's share of the calibration images; see `Source.inputs`."""
+        return self._calibration(count)
+
+    def check_calibration(self, count: int) -> None:
+        """Refuse a number of calibration images that there aren't.
+
+        Raises:
+            UserError: If there are fewer training images.
+        """
+        assert self._train is not None
+        available = len(self._train.dataset)  # type: ignore[arg-type]
+        if not 1 <= count <= available:
+            raise UserError(f"{count} calibration images asked for, and {available} training images there")
+
+    @lru_cache(maxsize=1)  # noqa: B019 - lives as long as the run is quantized
+    def _calibration(self, count: int) -> Tensor:
+        self.check_calibration(count)
+        assert self._train is not None
+        data: Any = self._train.dataset
+        chosen = random_uniform(SEED, torch.arange(len(data))).argsort(stable=True)[:count]
+        items = []
+        with isolate_rng():
+            for index in chosen[self.share(count)].tolist():
+                seed_draws(int(random_integers(SEED, index)))  # augmentation is the same for any number of processes
+                items.append(data[index])
+        collate: Any = self._train.collate_fn
+        batch = collate(items)
+        inputs = batch[0] if isinstance(batch, Sequence) else batch
+        if not isinstance(inputs, Tensor):
+            raise UserError(
+                f"the training loader gives a {type(inputs).__name__} where the network's inputs are expected: batches"
+                " are a tensor, or begin with one"
+            )
+        return inputs.to(self.device)
+
+    def evaluate(self, name: str, network: nn.Module, progress: Callable[[int], None]) -> Evaluations:
+        """Evaluate a network on every split; every process does all of it if a user's own function does."""
+        if self._evaluate is None:
+            return {split: evaluate_batches(network, self._batches(split), progress) for split in self._loaders}
+        found = {}
+        for split, loader in self._loaders.items():
+            with torch.no_grad(), full_float32(self.device):
+                numbers = self._evaluate(network.eval(), loader)
+            if not isinstance(numbers, Mapping) or not numbers:
+                raise UserError(f"evaluate returned {numbers!r}: it returns numbers by name, such as {{'top1': 91.5}}")
+            found[split] = {str(key): float(value) for key, value in numbers.items()}
+            progress(self.splits[split])
+        return found
+
+    def _batches(self, split: str) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Yield this process's batches of a split: inputs, labels, and the places of the images."""
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        whole = self._loaders[split]
+        mine = range(rank, self.splits[split], world_size)
+        done = 0
+        for batch in in_order(whole, mine):
+            inputs, labels = labelled(batch)
+            index = torch.tensor(mine[done : done + len(labels)], dtype=torch.int64)
+            done += len(labels)
+            yield move_data_to_device(inputs, self.device), labels, index
+
+    def measured(self, evaluations: Evaluations, floats: Evaluations | None) -> dict[str, Any]:
+        """Return the fields of a record that come from evaluations; a user's numbers become columns of their own."""
+        if self.has_vectors:
+            return super().measured(evaluations, floats)
+        numbers = {
+            f"{split}_{key}": value
+            for split, found in evaluations.items()
+            if isinstance(found, dict)
+            for key, value in found.items()
+        }
+        absent = ("agreement_float", "agreement_teacher", "flips", "nll", "ece")
+        known = {f"{split}_{key}": None for split in ("val", "test") for key in ("top1", "top5")}
+        return {
+            **dict.fromkeys(absent),
+            **{key: numbers.pop(key, None) for key in known},
+            "unknown": {key: f"{value:.6g}" for key, value in numbers.items()},
+        }
+
+
+def find_networks(module: LightningModule, name: str | None) -> dict[str, nn.Module]:
+    """Return the networks of a module by name.
+
+    They are the module that is named; else what its method `networks()` returns; else its only child with parameters.
+
+    Args:
+        module: The module.
+        name: Dotted name of a submodule; None if not given.
+
+    Raises:
+        UserError: If there is no such submodule, or several children could be it.
+    """
+    if name is not None:
+        try:
+            return {name: module.get_submodule(name)}
+        except AttributeError as error:
+            raise UserError(
+                f"{type(module).__name__} has no submodule {name!r}: name the network's attribute"
+            ) from error
+    if callable(getattr(type(module), "networks", None)):
+        return dict(module.networks())  # type: ignore[operator]
+    children = {key: child for key, child in module.named_children() if next(child.parameters(), None) is not None}
+    if len(children) != 1:
+        found = f"several children with parameters ({', '.join(children)})" if children else "no child with parameters"
+        raise UserError(
+            f"{type(module).__name__} has {found}: give PostTrainingQuantization(network=...) the name of the one to"
+            " quantize, or the module a method networks()"
+        )
+    return children
+
+
+def one_loader(loaders: Any, what: str) -> DataLoader[Any] | None:  # noqa: ANN401 - whatever Lightning takes
+    """Return the loader among a trainer's loaders; of several validation or test loaders the first.
+
+    Args:
+        loaders: As the trainer has them.
+        what: Of which images, for the error.
+
+    Raises:
+        UserError: If its images can't be read by their index.
+    """
+    if isinstance(loaders, list | tuple) and (len(loaders) == 1 or what != "training"):
+        loaders = loaders[0] if loaders else None
+    if loaders is None:
+        return None
+    if not isinstance(loaders, DataLoader) or not hasattr(loaders.dataset, "__len__") or batch_size_of(loaders) < 1:
+        raise UserError(
+            f"PostTrainingQuantization can't read single images of the {what} loader, a {type(loaders).__name__}: give"
+            " a torch DataLoader over a data set with a length, which makes the batches itself"
+        )
+    return loaders
+
+
+def batch_size_of(loader: DataLoader[Any]) -> int:
+    """Return the batch size of a loader; 0 if its data set gives whole batches."""
+    if loader.batch_size is not None:
+        return loader.batch_size
+    return int(getattr(loader.batch_sampler, "batch_size", BATCH)) if loader.batch_sampler is not None else 0
+
+
+def in_order(loader: DataLoader[Any], index: Sequence[int]) -> DataLoader[Any]:
+    """Return a loader of some images of another's data set, in the order given."""
+    return DataLoader(
+        Subset(loader.dataset, index),
+        batch_size=batch_size_of(loader),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+    )
+
+
+def test_loaders(trainer: Trainer, module: LightningModule) -> Any:  # noqa: ANN401 - whatever Lightning takes
+    """Return the test loaders of the datamodule, or of the module; None if neither has any."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if data is not None and is_overridden("test_dataloader", data):
+        data.setup("test")
+        return data.test_dataloader()
+    return module.test_dataloader() if is_overridden("test_dataloader", module) else None
+
+
+def labelled(batch: Any) -> tuple[Any, Tensor]:  # noqa: ANN401 - whatever a foreign data set gives
+    """Return inputs and labels of a batch.
+
+    Raises:
+        UserError: If it isn't (inputs, labels).
+    """
+    if not isinstance(batch, Sequence) or len(batch) < 2 or not isinstance(batch[1], Tensor) or batch[1].dim() != 1:
+        raise UserError(
+            "a batch is not (inputs, labels) with a label an image: give PostTrainingQuantization(evaluate=...) a"
+            " function of network and loader that returns numbers by name"
+        )
+    return batch[0], batch[1]
+
+
+def seed_draws(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch, without a word."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
