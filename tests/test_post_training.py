@@ -19,6 +19,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import kdq_lightning.files
 import kdq_lightning.quantization.packing
@@ -159,12 +161,11 @@ def test_events(run: Path):
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     records = read_records(run)
     floats = records.pop()
-    tags = {tag for tag in events.Tags()["scalars"] if tag.startswith(("quantized", "layer_error"))}
+    tags = {tag for tag in events.Tags()["scalars"] if tag.startswith(("quantized", "layer"))}
     curves = ("accuracy_vs_bits", "float_accuracy", "agreement_vs_bits", "accuracy_vs_bytes")
     assert tags == {
         *(f"quantized/{name}{end}" for name in curves for end in ("", "_low", "_high")),
         *("quantized/accuracy_2bit", "quantized/accuracy_3bit", "quantized/accuracy_8bit", "quantized/float"),
-        *("layer_error/2bit", "layer_error/3bit", "layer_error/8bit"),
     }
 
     def points(tag: str) -> list[tuple[int, float]]:
@@ -179,14 +180,68 @@ def test_events(run: Path):
     for end, bound in (("low", 0), ("high", 1)):
         bounds = [interval(record.test_top1, 359)[bound] for record in records]
         assert points(f"quantized/accuracy_vs_bits_{end}") == list(zip(BITS, bounds, strict=True))
-    layers = [layer for layer in read_layers(run) if layer.bits == 3]
-    assert points("layer_error/3bit") == [(i, layer.relative_error) for i, layer in enumerate(layers)]
-    assert [event.step for event in events.Images("quantized/figure")] == [0]
+    assert {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]} == {
+        "quantized/figure": [0],
+        "quantized/layer_errors": [0],
+    }
     text = events.Tensors("quantized/table/text_summary")
     markdown = text[0].tensor_proto.string_val[0].decode()
+    assert len(text) == 1 and "**Flips**: images that" in markdown
+    assert markdown.index("| float |") < markdown.index(f"| default | 2 | 4 | {records[0].packed_bytes / 1000:.1f} |")
     assert len(text) == 1 and f"| default | 2 | 4 | {records[0].packed_bytes / 1000:.1f} |" in markdown
     assert {"custom_scalars__config__", "_hparams_/session_start_info"} <= set(events.summary_metadata)
     assert [event.step for event in events.Scalars("train/loss")] == [20, 40, 60]  # training's own points still stand
+
+
+def plugin_content(events: EventAccumulator, tag: str) -> HParamsPluginData:
+    return HParamsPluginData.FromString(events.summary_metadata[f"_hparams_/{tag}"].plugin_data.content)
+
+
+def test_runs_of_all_strategies_overlay(run: Path):
+    """Mutual learning has the columns and the charts of the others, and all its peers in one picture."""
+    few = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--quantization.bits=[2,3,8]"]
+    peers = ["--trainer.enable_progress_bar=false", "--quantization.calibration_images=64", "--name=peers", *few]
+    assert main(["fit", "--config", config("quickstart"), *peers]) == 0
+    taught = ["--model=VanillaKD", "--model.teacher=runs/quickstart", "--model.network=resnet8", "--name=taught"]
+    assert main(["fit", *QUICK[:4], *taught, *few, "--quantization.calibration_images=64"]) == 0
+    folders = [run, Path("runs/peers/version_0"), Path("runs/taught/version_0")]
+    runs = [EventAccumulator(str(folder)).Reload() for folder in folders]
+    columns = [plugin_content(events, "experiment").experiment for events in runs]
+    assert columns[0].hparam_infos == columns[1].hparam_infos == columns[2].hparam_infos
+    assert [info.name.tag for info in columns[0].metric_infos] == [
+        *("quantized/float", "quantized/accuracy_2bit"),
+        *("quantized/accuracy_3bit", "quantized/accuracy_4bit", "quantized/accuracy_8bit"),
+    ]
+    assert columns[0].metric_infos == columns[1].metric_infos == columns[2].metric_infos
+    values = [plugin_content(events, "session_start_info").session_start_info.hparams for events in runs]
+    assert values[0].keys() == values[1].keys() == values[2].keys() == {info.name for info in columns[0].hparam_infos}
+    assert [dict(value)["network"].string_value for value in values] == ["resnet8", "resnet8 + resnet14", "resnet8"]
+    assert [dict(value)["strategy_temperature"].string_value for value in values] == ["", "", "4.0"]
+    assert [dict(value)["epochs"].number_value for value in values] == [3, 1, 1]
+    layouts = {events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0] for events in runs}
+    assert len(layouts) == 1
+    records = read_records(folders[1])
+    mean = np.mean([record.test_top1 for record in records if record.method == "default" and record.bits == 3])
+    assert runs[1].Scalars("quantized/accuracy_3bit")[0].value == pytest.approx(mean, abs=1e-4)
+    assert set(runs[1].Tags()["images"]) == {
+        *("quantized/figure", "quantized/layer_errors/peer0", "quantized/layer_errors/peer1"),
+    }
+    for peer in ("peer0", "peer1"):
+        for method, end in (("default", ""), ("gpfq", "_gpfq")):
+            points = runs[1].Scalars(f"quantized/accuracy_vs_bits{end}/{peer}")
+            wanted = [(r.bits, r.test_top1) for r in records if (r.peer, r.method) == (peer, method)]
+            assert [(point.step, pytest.approx(point.value, abs=1e-4)) for point in points] == wanted
+    (layout,) = layouts
+    charts = [chart for category in Layout.FromString(layout).category for chart in category.chart]
+    drawn = {series.value for chart in charts for series in chart.margin.series}
+    written = {tag for events in runs for tag in events.Tags()["scalars"] if "accuracy_vs" in tag or "float_acc" in tag}
+    assert {tag for tag in written if "_low" not in tag and "_high" not in tag} <= drawn
+    for chart in charts:
+        for series in chart.margin.series:
+            bounds = (series.value.replace("/peer", "_low/peer"), series.value.replace("/peer", "_high/peer"))
+            if "/peer" not in series.value:
+                bounds = (f"{series.value}_low", f"{series.value}_high")
+            assert (series.lower, series.upper) in (bounds, ("float_accuracy" in series.value and series.value,) * 2)
 
 
 def test_resuming_keeps_the_points(run: Path):
@@ -197,7 +252,6 @@ def test_resuming_keeps_the_points(run: Path):
     assert main(["fit", *QUICK, "--ckpt_path=last", "--quantization.bits=[2,3,4,8]"]) == 0
     events = EventAccumulator(str(run)).Reload()
     assert [event.step for event in events.Scalars("quantized/accuracy_vs_bits")] == [2, 3, 4, 8]
-    assert [event.step for event in events.Scalars("layer_error/3bit")] == list(range(8))
     assert [event.step for event in events.Scalars("val/top1")] == [20, 40, 60]
     assert main(["fit", *QUICK, "--ckpt_path=last"]) == 1  # nothing is left
 

@@ -25,6 +25,10 @@ def sentence_for(error: BaseException | None) -> str | None:
             return f"the memory is full ({error}): give smaller batches (--data.batch_size) or a smaller network"
         if isinstance(error, OSError) and error.strerror:
             return f"{error.strerror}: {error.filename or 'a file'}; mend it and give the same command again"
+        if isinstance(error, ModuleNotFoundError) and str(error).startswith("Requirement"):  # of a logger
+            return f"a package is not installed: {' '.join(str(error).split())}"
+        if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
+            return " ".join(str(error).split())
         if isinstance(error, ValueError) and "embedded null byte" in str(error):
             return "a null character stands where a file or folder is named: leave it out"
         error = error.__cause__ or error.__context__

@@ -1,7 +1,7 @@
-"""The figures of the report, of the notebook and of TensorBoard: accuracy and other numbers against bits and bytes."""
+"""The figures of the report and of the notebook: accuracy and other numbers against bits and bytes."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from kdq_lightning.report.file_choice import pareto_front
 from kdq_lightning.report.findings import Findings
 from kdq_lightning.report.formatting import format_bytes
 from kdq_lightning.report.rows import Cell, Row
-from kdq_lightning.runs.records import FLOAT_BITS, MEASURES, Record
-from kdq_lightning.strategies import Appearance, appearances
+from kdq_lightning.runs.records import FLOAT_BITS, MEASURES
+from kdq_lightning.strategies import Appearance
 
 
 @dataclass(frozen=True)
@@ -69,31 +69,6 @@ def _curves(rows: Sequence[Row], measure: str, x: Callable[[int, Cell], float]) 
         if known:
             curves.append(Curve(row.label, row.appearance, *zip(*known, strict=True)))
     return curves
-
-
-def accuracy_figure(curves: Mapping[str, Sequence[Record]]) -> Figure:
-    """Draw accuracy against the bit width and against the bytes of the file, side by side.
-
-    Args:
-        curves: The records of each curve, by its name in the legend; a curve without records is left out.
-    """
-    shown = appearances(record.strategy for records in curves.values() for record in records)
-    by_bits, by_bytes = [], []
-    for name, records in curves.items():
-        known = [record for record in records if record.top1 is not None]
-        accuracies, deviations = [record.top1 or 0.0 for record in known], [None] * len(known)
-        if known:
-            look = shown[known[0].strategy]
-            by_bits.append(Curve(name, look, [record.bits for record in known], accuracies, deviations))
-            by_bytes.append(Curve(name, look, [record.packed_bytes for record in known], accuracies, deviations))
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    _draw_by_bits(left, by_bits)
-    _draw_by_bytes(right, by_bytes)
-    _frame(left, "top-1 accuracy, %")
-    _frame(right, "")
-    _legend(right)
-    return figure
 
 
 def plot_by_bits(curves: Sequence[Curve], ylabel: str, title: str = "", log: bool = False) -> Figure:

@@ -63,6 +63,42 @@ class RunFolder(Callback):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+class LogSteps(Callback):
+    """Writes `train/loss_step`, a mean over the ranks' batches, and `lr_step`; at other steps it reads no tensor."""
+
+    def __init__(self, every: int) -> None:
+        """Choose the steps.
+
+        Args:
+            every: Steps of the optimizer from one point to the next.
+        """
+        self.every = every
+        self._last_step = 0
+
+    def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        """Begin after the step of the checkpoint, whose point stands."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: LightningTrainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's type has no keys
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Log after the optimizer's step, not after each batch whose gradients it takes."""
+        step = trainer.global_step
+        if step % self.every or step == self._last_step:
+            return
+        self._last_step = step
+        loss = outputs["loss"] * trainer.accumulate_grad_batches  # which Lightning has divided it by
+        mean = float(trainer.strategy.reduce(loss, reduce_op="mean"))
+        metrics = {"train/loss_step": mean, "lr_step": trainer.optimizers[0].param_groups[0]["lr"]}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+
+
 class NameDeadRank(Callback):
     """Says which rank was killed, where torch only says that a connection was closed."""
 

@@ -80,24 +80,25 @@ def _summary(records: Sequence[Record]) -> Iterator[Point]:
             yield Point(tag, 0, fmean(accuracies))
 
 
-def charts() -> dict[str, list[tuple[str, str, str]]]:
+def charts() -> dict[str, list[tuple[str, ...]]]:
     """Return the charts of the custom scalars by title: tags of value, lower and upper bound of each series.
 
     They are alike in every run, as TensorBoard shows charts of their own for each other layout.
     """
     methods = [tag_of(method) for method in (*METHODS, CUSTOM_METHOD)]
-    tags = {
-        "accuracy vs bits": [*(f"accuracy_vs_bits{method}" for method in methods), "float_accuracy"],
-        "accuracy vs bytes": [f"accuracy_vs_bytes{method}" for method in [*methods, tag_of(MIXED_METHOD)]],
-    }
+    by_bits = [_margin(f"accuracy_vs_bits{method}") for method in methods]
+    by_bytes = [_margin(f"accuracy_vs_bytes{method}") for method in [*methods, tag_of(MIXED_METHOD)]]
+    float_line = ("float_accuracy",) * 3  # without its interval, which would cover the others
+    series = {"accuracy vs bits": [*by_bits, float_line], "accuracy vs bytes": by_bytes}
     return {
-        title: [
-            (f"quantized/{tag}{suffix}", f"quantized/{tag}_low{suffix}", f"quantized/{tag}_high{suffix}")
-            for suffix in PEERS
-            for tag in shown
-        ]
-        for title, shown in tags.items()
+        title: [tuple(f"quantized/{tag}{suffix}" for tag in tags) for suffix in PEERS for tags in shown]
+        for title, shown in series.items()
     }
+
+
+def _margin(tag: str) -> tuple[str, str, str]:
+    """Return the names of value, lower and upper bound of a curve."""
+    return tag, f"{tag}_low", f"{tag}_high"
 
 
 def tag_of(method: str) -> str:

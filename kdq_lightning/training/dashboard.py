@@ -10,12 +10,12 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard import SummaryWriter
 
-from kdq_lightning.report.figures import accuracy_figure
-from kdq_lightning.runs.records import FLOAT_BITS, LayerRecord, Record, identity
+from kdq_lightning.runs.records import LayerRecord, Record
 from kdq_lightning.runs.versions import next_number, version_folder
-from kdq_lightning.training.curves import SUMMARY_TAGS, charts, points_of, tag_of
+from kdq_lightning.training.curves import SUMMARY_TAGS, charts, points_of
 from kdq_lightning.training.lightning_internals import write_hyperparameters, write_margin_charts
 from kdq_lightning.training.result_tables import markdown_table
+from kdq_lightning.training.run_figures import accuracy_figure, layer_errors_figure
 
 SUFFIX = ".quantized"  # of the event file that quantization writes, whole
 
@@ -115,11 +115,16 @@ def write_quantized(
     with SummaryWriter(str(beside), filename_suffix=SUFFIX) as writer:
         for point in points_of(records, images):
             writer.add_scalar(point.tag, point.value, point.step)
-        for peer, group in groupby(records, key=lambda record: record.peer):
-            _write_network(writer, list(group), f"/{peer}" if peer else "")
-        _write_layer_errors(writer, layers, {record.peer for record in records})
+        writer.add_figure("quantized/figure", accuracy_figure(records, images), 0)
+        for name, group in groupby(records, key=lambda record: record.name):
+            rows = list(group)
+            suffix = f"/{name}" if rows[0].peer else ""
+            of_network = [layer for layer in layers if layer.network == name]
+            if any(layer.codebook for layer in of_network):
+                writer.add_figure(f"quantized/layer_errors{suffix}", layer_errors_figure(rows, of_network), 0)
+            writer.add_text(f"quantized/table{suffix}", markdown_table(rows), 0)
         write_margin_charts(writer, "quantized", charts())
-        _write_hyperparameters(writer, {"run": records[0].run, "seed": records[0].seed, **hyperparameters})
+        write_hyperparameters(writer, plain_values(hyperparameters), list(SUMMARY_TAGS.values()))
     for old in folder.glob(f"events.*{SUFFIX}"):
         old.unlink()
     for new in beside.iterdir():
@@ -127,29 +132,10 @@ def write_quantized(
     beside.rmdir()
 
 
-def _write_network(writer: SummaryWriter, records: list[Record], suffix: str) -> None:
-    """Write figure and table of one network; its tags end in `suffix`."""
-    floats = [record for record in records if record.bits == FLOAT_BITS]
-    quantized = [record for record in records if record.bits != FLOAT_BITS]
-    by_method = {method: list(rows) for method, rows in groupby(quantized, key=lambda record: record.method)}
-    curves = {f"{records[0].name}, {method}": [*rows, *floats] for method, rows in by_method.items()}
-    writer.add_figure(f"quantized/figure{suffix}", accuracy_figure(curves), 0)
-    writer.add_text(f"quantized/table{suffix}", markdown_table(records), 0)
-
-
-def _write_layer_errors(writer: SummaryWriter, layers: Sequence[LayerRecord], peers: set[str]) -> None:
-    """Write the layers' relative errors, in the order of the layers, a curve a network, method and bit width."""
-    for (network, method, bits), rows in groupby(layers, key=identity):
-        suffix = f"/{network}" if network in peers else ""
-        for index, layer in enumerate(rows):
-            writer.add_scalar(f"layer_error/{bits}bit{tag_of(method)}{suffix}", layer.relative_error, index)
-
-
-def _write_hyperparameters(writer: SummaryWriter, hyperparameters: Mapping[str, Any]) -> None:
-    """Write the run's row of the HParams tab, beside which TensorBoard shows the scalars of `SUMMARY_TAGS`."""
-    plain = {
+def plain_values(hyperparameters: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Return hyper-parameters as TensorBoard takes them; what it can't hold becomes text."""
+    return {
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in hyperparameters.items()
         if value is not None and not name.startswith("_")
     }
-    write_hyperparameters(writer, plain, list(SUMMARY_TAGS.values()))

@@ -112,8 +112,12 @@ class PlainRun(Source):
 
     @property
     def hyperparameters(self) -> Mapping[str, Any]:
-        """Those that the module has saved."""
-        return dict(self.module.hparams)
+        """Those that the module has saved, and what its records say of the run."""
+        fields = self.fields(self.names[0])
+        return {
+            **{name: fields[name] for name in ("run", "dataset", "strategy", "seed", "epochs")},
+            **self.module.hparams,
+        }
 
     def fields(self, name: str) -> dict[str, Any]:
         """Return the fields of a network's records that don't depend on the bit width.

@@ -35,10 +35,18 @@ def table_rows(records: Iterable[Record]) -> list[list[str]]:
     ]
 
 
+EXPLANATION = (
+    "Accuracies, agreement and flips in percent of the images. **Agreement**: images that get the float network's"
+    " class. **Flips**: images that the float network gets right and this one wrong, or the other way round."
+    " **Relative error**: of the layers' outputs on the calibration images, the mean over the layers."
+)
+
+
 def markdown_table(records: Iterable[Record]) -> str:
-    """Return the table of one network's records in Markdown; accuracies, agreement and flips in percent."""
-    rows = [list(COLUMNS), [":---", *["---:"] * (len(COLUMNS) - 2), ":---"], *table_rows(records)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    """Return the table of one network's records in Markdown, and a line that explains its columns."""
+    float_first = sorted(records, key=lambda record: record.bits != FLOAT_BITS)  # TensorBoard cuts long tables
+    rows = [list(COLUMNS), [":---", *["---:"] * (len(COLUMNS) - 2), ":---"], *table_rows(float_first)]
+    return "\n".join([EXPLANATION, "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def terminal_table(records: Sequence[Record]) -> Table:

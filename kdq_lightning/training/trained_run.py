@@ -25,6 +25,10 @@ from kdq_lightning.runs.checkpoints import (
 )
 from kdq_lightning.training.source import Evaluations, Source
 
+NUMBERS = ("learning_rate", "weight_decay", "warmup")
+OF_STRATEGIES = ("label_weight", "temperature", "mixup_alpha", "alpha", "beta", "hint_share")
+"""Hyper-parameters that only some strategies have, so that they are text in TensorBoard, empty for the others."""
+
 
 class TrainedRun(Source):
     """The networks of a `Classifier`, and the images of an `ImageDataModule`.
@@ -71,8 +75,22 @@ class TrainedRun(Source):
 
     @property
     def hyperparameters(self) -> Mapping[str, Any]:
-        """Those of the module."""
-        return dict(self.module.hparams)
+        """The same names for every strategy, as TensorBoard takes its columns from one run: a number is one in all.
+
+        TensorBoard sorts the names and shows the first five: epochs, learning rate, network, seed and strategy.
+        """
+        fields = [self.fields(name) for name in self.names]
+        first, given = fields[0], self.module.hparams
+        return {
+            **{name: first[name] or 0 for name in ("epochs", "seed")},
+            **{name: float(getattr(self.module, name)) for name in NUMBERS},
+            "network": " + ".join(dict.fromkeys(field["network"] for field in fields)),
+            "strategy": first["strategy"],
+            **{f"strategy_{name}": _text(given.get(name)) for name in OF_STRATEGIES},
+            "teacher": _text(given.get("teacher")),
+            "trained_on": first["dataset"],
+            "trained_by": self.module.optimizer or "sgd",
+        }
 
     def fields(self, name: str) -> dict[str, Any]:
         """Return the fields of a network's records that don't depend on the bit width."""
@@ -154,3 +172,7 @@ class TrainedRun(Source):
         if epochs is not None and int(plan["max_epochs"] or 0) > 0:
             epochs = plan["max_epochs"]
         return {"strategy": plan["strategy"], "seed": plan["seed_everything"], "epochs": epochs}
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)

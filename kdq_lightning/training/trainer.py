@@ -8,9 +8,10 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
-from kdq_lightning.errors import UserError
+from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.files import write_atomically
 from kdq_lightning.modules.muon import multiplies_bfloat16
+from kdq_lightning.training.callbacks import LogSteps
 from kdq_lightning.training.interruption import Interruption
 from kdq_lightning.training.lightning_internals import StageTrainer
 from kdq_lightning.training.post_training import PostTrainingQuantization
@@ -56,6 +57,7 @@ class Trainer(StageTrainer):
         limit_val_batches: Limit = None,
         limit_test_batches: Limit = None,
         limit_predict_batches: Limit = None,
+        log_every_n_steps: int | None = 0,
         **kwargs: Any,
     ) -> None:
         """Fill in this project's defaults.
@@ -73,6 +75,8 @@ class Trainer(StageTrainer):
             limit_val_batches: Likewise, of a validation.
             limit_test_batches: Likewise, of a test.
             limit_predict_batches: Likewise, of a prediction.
+            log_every_n_steps: Steps from one point of `train/loss_step` and `lr_step` to the next; 0 writes none. The
+                means of each epoch are written in any case.
             **kwargs: Lightning's. `use_distributed_sampler` is off: the datamodule's sampler shards.
         """
         if accelerator == "auto":  # Apple's GPU has no float64, which the stateless random numbers need
@@ -90,8 +94,12 @@ class Trainer(StageTrainer):
             limit_val_batches=limit_val_batches,
             limit_test_batches=limit_test_batches,
             limit_predict_batches=limit_predict_batches,
+            log_every_n_steps=log_every_n_steps or 0,
             **kwargs,
         )
+        if log_every_n_steps:
+            check_range("log_every_n_steps", log_every_n_steps, low=0)
+            self.callbacks.insert(0, LogSteps(log_every_n_steps))  # type: ignore[attr-defined]  # set by Lightning
         self._quantizing = False
         self._interruption = Interruption()
         self.callbacks.insert(0, self._interruption)  # type: ignore[attr-defined]  # set by Lightning
