@@ -242,4 +242,5 @@ def publish(run: QuantizedRun) -> None:
     console.print(terminal_table(results.records))
     console.print(f"records and packed files: {source.folder}", soft_wrap=True)
     if has_quantized(source.folder):
-        console.print(f"curves, under Custom Scalars: tensorboard --logdir {source.folder.parent.parent}", soft_wrap=True)
+        runs = source.folder.parent.parent
+        console.print(f"curves, under Custom Scalars: tensorboard --logdir {runs}", soft_wrap=True)
