@@ -31,7 +31,7 @@ from kdq_lightning.quantization.layer_report import LayerReport, layer_report, l
 from kdq_lightning.quantization.memory import tensors_in
 from kdq_lightning.quantization.observation import NOT_IMAGES_FIRST
 from kdq_lightning.quantization.probe import Plan
-from kdq_lightning.quantization.recipes import Recipe
+from kdq_lightning.quantization.recipes import NetworkRecipe, Recipe, recipe_of
 from kdq_lightning.quantization.solution import Solution
 from kdq_lightning.quantization.solvers import SOLVERS
 
@@ -81,7 +81,7 @@ class Walk:
         network: nn.Module,
         plan: Plan,
         calibration: Calibration,
-        recipes: Sequence[Recipe],
+        recipes: Sequence[NetworkRecipe],
         on_layer: Callable[[str], None],
     ) -> None:
         """Copy the network once a recipe; `on_layer` is called with the name of each layer that is done."""
@@ -121,7 +121,7 @@ class Walk:
                     repeated.add(name)
                 elif name in self.plan.tied and self.plan.tied[name] in self.weights[0]:
                     self._share(name, self.plan.tied[name])
-                elif self._images_first(name, forwards.inputs):
+                elif takes_images_first(self.plan, self.calibration, name, forwards.inputs):
                     self._solve(name, layers[name], forwards.inputs)
                 else:
                     self._left[name] = NOT_IMAGES_FIRST
@@ -131,27 +131,17 @@ class Walk:
             forwards.close()
         self._finish_reports(repeated)
 
-    def _images_first(self, name: str, parts: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether every stream of every part, in every process, gives a layer as many samples an image as the probe."""
-        samples, shape = self.plan.samples[name], parts[0][0].shape[1:]
-        expected = [(samples * len(images), *shape) for images in self.calibration.parts()]
-        found = all(inputs.shape == size for streams, size in zip(parts, expected, strict=True) for inputs in streams)
-        if not dist.is_initialized():
-            return found
-        flag = torch.tensor(int(found), device=parts[0][0].device)
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        return bool(flag)
-
     def _solve(self, name: str, layer: Layer, parts: Sequence[Sequence[Tensor]]) -> None:
         """Solve a layer on what its streams are given, and put the results into the quantized copies."""
         start = time.perf_counter()
-        patches = Patches(layer, disjoint=self.recipes[0].official)
-        rows = self._choose_rows(name, patches, parts)
-        grams = rows.collect([SOLVERS[recipe.solver].needs_cross for recipe in self.recipes])
+        recipes = [recipe_of(recipe, name) for recipe in self.recipes]
+        patches = Patches(layer, disjoint=recipes[0].official)
+        rows = choose_rows(self.plan.samples[name], self.calibration, self._solved, patches, parts, recipes[0])
+        grams = rows.collect([SOLVERS[recipe.solver].needs_cross for recipe in recipes])
         gathering = time.perf_counter() - start
         weight = columns(layer.weight, patches.groups).double()
         solutions, shares = [], []
-        for recipe, gram in zip(self.recipes, grams, strict=True):
+        for recipe, gram in zip(recipes, grams, strict=True):
             start = time.perf_counter()
             check_finite(name, gram)
             noise: Tensor | float = 0.5
@@ -159,38 +149,13 @@ class Walk:
                 noise = draw_uniform(self.calibration.seed, self._solved, *weight.shape[1:]).to(weight.device)
             solutions.append(solve_by_shares(gram, weight, recipe, noise))
             shares.append(gathering + time.perf_counter() - start)
-        chosen = never_worse_than_rounding(rows, grams, weight, self.recipes, solutions)
+        chosen = never_worse_than_rounding(rows, grams, weight, recipes, solutions)
         for i, (recipe, gram, solution, note) in enumerate(chosen):
             self._store(i, name, recipe, solution)
             entry = layer_report(name, recipe, gram, solution, self.weights[i][name], self._layers[i][name], shares[i])
             self.reports[i].append(noted(entry, note))
         self._solved += 1
         self.on_layer(name)
-
-    def _choose_rows(self, name: str, patches: Patches, parts: Sequence[Sequence[Tensor]]) -> Rows:
-        """Draw the patches that a layer is solved on, and the images that it is tried on."""
-        calibration, recipe, inputs = self.calibration, self.recipes[0], parts[0][0]
-        per_image = self.plan.samples[name]
-        first, samples = calibration.first * per_image, len(calibration.images) * per_image
-        total = calibration.total * per_image
-        positions = math.prod(patches.grid(inputs))
-        draws = self._draws(patches, positions, total)
-        numbers = torch.arange(first, first + samples)
-        replacement = recipe.official and not isinstance(patches.layer, nn.Linear)
-        chosen = draw_positions(calibration.seed, self._solved, numbers, draws, positions, replacement=replacement)
-        held_out = None
-        few = calibration.total < FEW_IMAGES or total * draws < ROWS_PER_COLUMN * patches.columns
-        if recipe.may_fall_back and few and calibration.total > 1:
-            held_out = is_held_out(numbers // per_image, calibration.total).to(inputs.device)
-        return Rows(patches, parts, chosen.to(inputs.device), first, held_out)
-
-    def _draws(self, patches: Patches, positions: int, samples: int) -> int:
-        """Return how many positions of each sample the layer is solved on."""
-        recipe = self.recipes[0]
-        if recipe.official:
-            return positions if isinstance(patches.layer, nn.Linear) else int(recipe.patch_fraction * positions + 1)
-        wanted = max(recipe.patch_fraction * positions, ROWS_PER_COLUMN * patches.columns / samples)
-        return min(positions, math.ceil(wanted))
 
     def _store(self, i: int, name: str, recipe: Recipe, solution: Solution) -> None:
         """Put a solution into the quantized copy, in the type, the memory format and the state of the float weight."""
@@ -252,6 +217,59 @@ class Walk:
                 if entry.name in repeated:
                     reports[i] = noted(entry, "called more than once: solved on its first call")
             reports += [left_in_float(model, name, reason) for name, reason in left.items()]
+
+
+def takes_images_first(plan: Plan, calibration: Calibration, name: str, parts: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether every stream of every part, in every process, gives a layer as many samples an image as the probe."""
+    samples, shape = plan.samples[name], parts[0][0].shape[1:]
+    expected = [(samples * len(images), *shape) for images in calibration.parts()]
+    found = all(inputs.shape == size for streams, size in zip(parts, expected, strict=True) for inputs in streams)
+    if not dist.is_initialized():
+        return found
+    flag = torch.tensor(int(found), device=parts[0][0].device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def choose_rows(
+    per_image: int,
+    calibration: Calibration,
+    index: int,
+    patches: Patches,
+    parts: Sequence[Sequence[Tensor]],
+    recipe: Recipe,
+) -> Rows:
+    """Draw the patches that a layer is solved on, and the images that it is tried on.
+
+    Args:
+        per_image: Samples that an image makes in the layer's input.
+        calibration: The images.
+        index: Of the layer among those that are solved, in execution order.
+        patches: How the layer cuts its inputs.
+        parts: Inputs of the layer, by part and stream.
+        recipe: Of the layer; of several bit widths, any of them.
+    """
+    inputs = parts[0][0]
+    first, samples = calibration.first * per_image, len(calibration.images) * per_image
+    total = calibration.total * per_image
+    positions = math.prod(patches.grid(inputs))
+    draws = draws_of(patches, positions, total, recipe)
+    numbers = torch.arange(first, first + samples)
+    replacement = recipe.official and not isinstance(patches.layer, nn.Linear)
+    chosen = draw_positions(calibration.seed, index, numbers, draws, positions, replacement=replacement)
+    held_out = None
+    few = calibration.total < FEW_IMAGES or total * draws < ROWS_PER_COLUMN * patches.columns
+    if recipe.may_fall_back and few and calibration.total > 1:
+        held_out = is_held_out(numbers // per_image, calibration.total).to(inputs.device)
+    return Rows(patches, parts, chosen.to(inputs.device), first, held_out)
+
+
+def draws_of(patches: Patches, positions: int, samples: int, recipe: Recipe) -> int:
+    """Return how many positions of each sample a layer is solved on."""
+    if recipe.official:
+        return positions if isinstance(patches.layer, nn.Linear) else int(recipe.patch_fraction * positions + 1)
+    wanted = max(recipe.patch_fraction * positions, ROWS_PER_COLUMN * patches.columns / samples)
+    return min(positions, math.ceil(wanted))
 
 
 def check_finite(name: str, gram: Gram) -> None:

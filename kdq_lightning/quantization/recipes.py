@@ -1,5 +1,6 @@
 """How a network is quantized at one bit width: the arguments of `quantize` with the best known in place of None."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +54,15 @@ class Recipe:
     def alphabet(self) -> Alphabet:
         """The levels and their rounding."""
         return Alphabet(self.codebook, self.bits)
+
+
+NetworkRecipe = Recipe | Mapping[str, Recipe]
+"""The steps of a network's layers: the same for all, or of each layer by name."""
+
+
+def recipe_of(recipe: NetworkRecipe, layer: str) -> Recipe:
+    """Return the steps of one layer."""
+    return recipe if isinstance(recipe, Recipe) else recipe[layer]
 
 
 def make_recipe(bits: int, mode: str | None, **given: str | float | None) -> Recipe:
