@@ -247,6 +247,46 @@ class Stream(IterableDataset):
         return iter(Noisy(64, 1))
 
 
+def test_training_goes_as_it_would_without_the_callback(workspace: Path):
+    """The same order and augmentation, and the module as its last step left it."""
+    states = []
+    for callbacks in ([], [callback()]):
+        module = Project()
+        trainer(*callbacks, logger=False, enable_checkpointing=False).fit(module, *loaders(noise=0.3))
+        states.append(module.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+class Pairs(Noisy):
+    def __getitem__(self, index):
+        return {"pixels": self.pixels[index]}
+
+
+class Outputs(Project):
+    """Its network gives a map, whose mean its steps take."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Conv2d(1, 4, 3)
+
+    def training_step(self, batch, batch_idx):
+        raise AssertionError("a step is made")
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def test_batches_and_outputs_are_tried_before_training(workspace: Path):
+    pairs, (train, val) = DataLoader(Pairs(96, 1), 16), loaders()
+    for loaders_given, sentence in (
+        ((pairs, val), "the training loader gives a dict where"),
+        ((train, pairs), r"a batch is not \(inputs, labels\)"),
+        ((train, val), r"net returns \(16, 4, 6, 6\) for 16 images, not \(images, classes\): give"),
+    ):
+        with pytest.raises(Exception, match=sentence):
+            trainer(callback(), logger=False).fit(Outputs(), *loaders_given)
+
+
 @pytest.mark.parametrize(
     ("train", "options", "sentence"),
     [

@@ -3,33 +3,38 @@
 import copy
 import hashlib
 import os
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import evaluate_batches, full_float32
-from kdq_lightning.random_draws import random_integers, random_uniform
+from kdq_lightning.random_draws import random_uniform
 from kdq_lightning.runs.checkpoints import state_dict_bytes
 from kdq_lightning.training.lightning_internals import set_up_validation_loaders
+from kdq_lightning.training.loaders import (
+    OWN_EVALUATION,
+    batch_size_of,
+    in_order,
+    labelled,
+    one_loader,
+    read_items,
+    test_loaders,
+)
 from kdq_lightning.training.source import Evaluations, Source
 
 Evaluate = Callable[[nn.Module, DataLoader[Any]], dict[str, float]]
 """What a user evaluates a network with: it returns numbers by name; `top1`, in percent, is drawn as the accuracy."""
 
 SEED = 0  # of the calibration images, whatever the run's seed
-BATCH = 64  # images, where the loader's own sampler hides how many it takes
 
 
 class PlainRun(Source):
@@ -170,30 +175,36 @@ class PlainRun(Source):
         """Return this process's share of the calibration images; see `Source.inputs`."""
         return self._calibration(count)
 
-    def check_calibration(self, count: int) -> None:
-        """Refuse a number of calibration images that there aren't.
+    def check(self, count: int) -> None:
+        """Try what quantization will do with images, on a few of them, so that it is refused before training.
+
+        Args:
+            count: Calibration images of all processes together.
 
         Raises:
-            UserError: If there are fewer training images.
+            UserError: If there are fewer training images, or batches or outputs are not what they have to be.
         """
-        assert self._train is not None
-        available = len(self._train.dataset)  # type: ignore[arg-type]
-        if not 1 <= count <= available:
-            raise UserError(f"{count} calibration images asked for, and {available} training images there")
+        with isolate_rng(), torch.no_grad(), full_float32(self.device):  # training goes as it would without this
+            self._calibration(count, first=1)
+            if self._evaluate is not None:
+                return
+            inputs, labels, _ = next(self._batches(self.main_split))
+            outputs = {name: self.network(name)(inputs) for name in self.names}
+        for name, logits in outputs.items():
+            if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
+                found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                what = f"{name} returns {found} for {len(labels)} images, not (images, classes)"
+                raise UserError(f"{what}: {OWN_EVALUATION}")
 
     @lru_cache(maxsize=1)  # noqa: B019 - lives as long as the run is quantized
-    def _calibration(self, count: int) -> Tensor:
-        self.check_calibration(count)
+    def _calibration(self, count: int, first: int | None = None) -> Tensor:
+        """Return this process's share of the calibration images, or the first few of it, on the device."""
         assert self._train is not None
         data: Any = self._train.dataset
+        if not self.trainer.world_size <= count <= len(data):
+            raise UserError(f"{count} calibration images asked for, and {len(data)} training images there")
         chosen = random_uniform(SEED, torch.arange(len(data))).argsort(stable=True)[:count]
-        items = []
-        with isolate_rng():
-            for index in chosen[self.share(count)].tolist():
-                seed_draws(int(random_integers(SEED, index)))  # augmentation is the same for any number of processes
-                items.append(data[index])
-        collate: Any = self._train.collate_fn
-        batch = collate(items)
+        batch = read_items(self._train, chosen[self.share(count)][:first].tolist(), SEED)
         inputs = batch[0] if isinstance(batch, Sequence) else batch
         if not isinstance(inputs, Tensor):
             raise UserError(
@@ -276,72 +287,3 @@ def find_networks(module: LightningModule, name: str | None) -> dict[str, nn.Mod
             " quantize, or the module a method networks()"
         )
     return children
-
-
-def one_loader(loaders: Any, what: str) -> DataLoader[Any] | None:  # noqa: ANN401 - whatever Lightning takes
-    """Return the loader among a trainer's loaders; of several validation or test loaders the first.
-
-    Args:
-        loaders: As the trainer has them.
-        what: Of which images, for the error.
-
-    Raises:
-        UserError: If its images can't be read by their index.
-    """
-    if isinstance(loaders, list | tuple) and (len(loaders) == 1 or what != "training"):
-        loaders = loaders[0] if loaders else None
-    if loaders is None:
-        return None
-    if not isinstance(loaders, DataLoader) or not hasattr(loaders.dataset, "__len__") or batch_size_of(loaders) < 1:
-        raise UserError(
-            f"PostTrainingQuantization can't read single images of the {what} loader, a {type(loaders).__name__}: give"
-            " a torch DataLoader over a data set with a length, which makes the batches itself"
-        )
-    return loaders
-
-
-def batch_size_of(loader: DataLoader[Any]) -> int:
-    """Return the batch size of a loader; 0 if its data set gives whole batches."""
-    if loader.batch_size is not None:
-        return loader.batch_size
-    return int(getattr(loader.batch_sampler, "batch_size", BATCH)) if loader.batch_sampler is not None else 0
-
-
-def in_order(loader: DataLoader[Any], index: Sequence[int]) -> DataLoader[Any]:
-    """Return a loader of some images of another's data set, in the order given."""
-    return DataLoader(
-        Subset(loader.dataset, index),
-        batch_size=batch_size_of(loader),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-    )
-
-
-def test_loaders(trainer: Trainer, module: LightningModule) -> Any:  # noqa: ANN401 - whatever Lightning takes
-    """Return the test loaders of the datamodule, or of the module; None if neither has any."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if data is not None and is_overridden("test_dataloader", data):
-        data.setup("test")
-        return data.test_dataloader()
-    return module.test_dataloader() if is_overridden("test_dataloader", module) else None
-
-
-def labelled(batch: Any) -> tuple[Any, Tensor]:  # noqa: ANN401 - whatever a foreign data set gives
-    """Return inputs and labels of a batch.
-
-    Raises:
-        UserError: If it isn't (inputs, labels).
-    """
-    if not isinstance(batch, Sequence) or len(batch) < 2 or not isinstance(batch[1], Tensor) or batch[1].dim() != 1:
-        raise UserError(
-            "a batch is not (inputs, labels) with a label an image: give PostTrainingQuantization(evaluate=...) a"
-            " function of network and loader that returns numbers by name"
-        )
-    return batch[0], batch[1]
-
-
-def seed_draws(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch, without a word."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

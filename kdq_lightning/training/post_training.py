@@ -103,7 +103,7 @@ class PostTrainingQuantization(Callback):
         """
         self._has_trained = True
         if not self._is_idle(trainer) and not is_ours(trainer, pl_module):
-            self._plain_run(trainer, pl_module).check_calibration(self.calibration_images)
+            self._plain_run(trainer, pl_module).check(self.calibration_images)
 
     def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Quantize, and say how to repeat it if that fails: the checkpoint is safe by then.
