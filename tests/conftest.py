@@ -88,7 +88,7 @@ def real_images():
 
 # A worker of pytest-xdist gets whole files, in this order. torch refuses to fork a process whose autograd has threads,
 # and exporting to ONNX starts them: who forks is first. The longest files follow, so that all workers end together.
-FIRST = ("test_distributed.py", "test_study.py", "test_cli.py", "test_post_training.py")
+FIRST = ("test_distributed.py", "test_any_project.py", "test_study.py", "test_cli.py", "test_post_training.py")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -464,24 +464,34 @@ def test_lost_packed_file_is_written_again(run: Path, widths: list[list[int]]):
     assert widths == [[3]] and table(run) == expected and contents(run) == files
 
 
-def test_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+FULL_DISKS = [([], "runs/quickstart/version_0"), (["--trainer.logger=false"], "runs/quickstart-quantized/version_0")]
+
+
+@pytest.mark.parametrize(("options", "repeated"), FULL_DISKS, ids=["in a run folder", "without a logger"])
+def test_full_disk(
+    options: list[str],
+    repeated: str,
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
     """The checkpoint stays, the exit code tells, and the command that is printed repeats only quantization."""
-    shutil.rmtree("runs")
     with pytest.MonkeyPatch.context() as patch:
 
         def full(path: Path, content: bytes) -> None:
             raise UserError(f"{path} could not be written (No space left on device)")
 
         patch.setattr(kdq_lightning.quantization.packing, "write_atomically", full)
-        assert main(["fit", *QUICK, "--trainer.max_epochs=1"]) == 1
+        assert main(["fit", *QUICK, "--trainer.max_epochs=1", *options]) == 1
     error = capsys.readouterr().err
     assert "No space left" in error and "Traceback" not in error and error.count("\n") == 1
-    best = (run / "checkpoints/best.ckpt").read_bytes()
-    assert [record.bits for record in read_records(run)] == [32]
-    command = shlex.split(re.search(r"kdq (fit .*)", error)[1])
+    folder = Path("runs") if options else Path(repeated)
+    best = (folder / "checkpoints/best.ckpt").read_bytes()
+    assert [record.bits for record in read_records(folder)] == [32]
+    command = shlex.split(re.search(r"kdq ((?:fit|quantize) .*)", error)[1])
     assert main(command) == 0
-    assert [record.bits for record in read_records(run)] == [*BITS, 32]
-    assert (run / "checkpoints/best.ckpt").read_bytes() == best
+    assert [record.bits for record in read_records(Path(repeated))] == [*BITS, 32]
+    assert (folder / "checkpoints/best.ckpt").read_bytes() == best
 
 
 def test_not_finite(run: Path, capsys: pytest.CaptureFixture[str]):

@@ -23,6 +23,7 @@ from kdq_lightning.runs.checkpoints import (
     packed_metadata,
     read_checkpoint,
 )
+from kdq_lightning.runs.versions import is_version
 from kdq_lightning.training.source import Evaluations, Source
 
 NUMBERS = ("learning_rate", "weight_decay", "warmup")
@@ -64,7 +65,8 @@ class TrainedRun(Source):
         self.partial = any(counts[name] < len(split.labels) for name, split in whole.items())
         self._splits = {name: split.take(slice(counts[name])) for name, split in whole.items() if counts[name]}
         self.splits = {name: counts[name] for name in self._splits}
-        self.repeat = f"kdq fit --config {self.folder}/config.yaml --ckpt_path {self.folder}"
+        command, weights = ("fit", self.folder) if is_version(self.folder) else ("quantize", self._checkpoint)
+        self.repeat = f"kdq {command} --config {self.folder}/config.yaml --ckpt_path {weights}"
         if not self.splits:
             raise UserError("there is neither a validation nor a test image to evaluate on: give data.val_size")
 
