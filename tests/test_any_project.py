@@ -242,6 +242,12 @@ def test_which_network(workspace: Path, monkeypatch: pytest.MonkeyPatch):
     assert {(row["network"], row["peer"]) for row in rows("own")} == {("Sequential", "first"), ("Sequential", "second")}
 
 
+@pytest.mark.parametrize("options", [{"max_epochs": 0}, {"limit_train_batches": 0}])
+def test_without_training_there_is_nothing_to_quantize(options: dict[str, int], workspace: Path):
+    trainer(callback(), logger=False, **options).fit(Project(), *loaders())
+    assert not list(workspace.rglob("quantized.csv"))
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(Noisy(64, 1))

@@ -116,7 +116,7 @@ class PostTrainingQuantization(Callback):
 
     def on_fit_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Quantize a run that is gone on with where nothing was left to train: Lightning calls no other hook then."""
-        if not self._has_trained and not self._is_idle(trainer):
+        if not self._has_trained and trainer.ckpt_path is not None and not self._is_idle(trainer):
             self._quantize_after_training(trainer, pl_module)
 
     def _is_idle(self, trainer: LightningTrainer) -> bool:
