@@ -3,6 +3,7 @@
 from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.layer_report import LayerReport
 from kdq_lightning.quantization.packing import load_packed
-from kdq_lightning.quantization.quantize import Quantized, quantize
+from kdq_lightning.quantization.quantize import quantize
+from kdq_lightning.quantization.quantized import Quantized, QuantizedNetworks
 
-__all__ = ["LayerReport", "Quantized", "QuantizedWeight", "load_packed", "quantize"]
+__all__ = ["LayerReport", "Quantized", "QuantizedNetworks", "QuantizedWeight", "load_packed", "quantize"]

@@ -10,7 +10,7 @@ a 2-bit ResNet-20 would be a tenth of the file.
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from kdq_lightning.quantization.gram import weight_name
 
 _KEY = "kdq_packed"
 _VERSION = 1
+_ALIGNMENT = 8  # bytes to a multiple of which safetensors fills its header up
 
 
 class _Layer(NamedTuple):
@@ -67,6 +68,27 @@ def save_packed(
     """
     for name, weight in weights.items():
         _check_unchanged(name, model, weight)
+    content = _content(model, weights, metadata, lambda weight: pack_codes(weight.codes, weight.grid.numel()))
+    write_atomically(Path(path), content)
+
+
+def file_bytes(model: nn.Module, weights: Mapping[str, QuantizedWeight], metadata: Mapping[str, str]) -> int:
+    """Return the size of the file that `save_packed` writes, in bytes; it doesn't depend on the codes."""
+    return len(_content(model, weights, metadata, lambda weight: torch.zeros(_code_bytes(weight), dtype=torch.uint8)))
+
+
+def metadata_bytes(metadata: Mapping[str, str]) -> int:
+    """Return how many bytes metadata add to a packed file at most."""
+    return len(json.dumps(json.dumps(dict(metadata)))) + _ALIGNMENT
+
+
+def _content(
+    model: nn.Module,
+    weights: Mapping[str, QuantizedWeight],
+    metadata: Mapping[str, str],
+    pack: Callable[[QuantizedWeight], Tensor],
+) -> bytes:
+    """Return the content of a packed file; `pack` turns the codes of a layer into bytes."""
     own, aliases = _unique_state(model, first={weight_name(name) for name in weights})
     weights = {name: weight for name, weight in weights.items() if own.pop(weight_name(name), None) is not None}
     floats = {name: tensor for name, tensor in own.items() if tensor.dtype == torch.float32}
@@ -77,14 +99,14 @@ def save_packed(
         "aliases": aliases,
     }
     tensors = {
-        ".codes": _joined((pack_codes(weight.codes, weight.grid.numel()) for weight in weights.values()), torch.uint8),
+        ".codes": _joined(map(pack, weights.values()), torch.uint8),
         ".floats": _joined([*scales, *floats.values()], torch.float32),
         ".layout": torch.frombuffer(bytearray(zlib.compress(json.dumps(layout).encode(), 9)), dtype=torch.uint8),
         **{name: tensor.detach().cpu().contiguous() for name, tensor in own.items() if name not in floats},
     }
     header = {"version": _VERSION, "metadata": dict(metadata), "checksum": _checksum(metadata, tensors)}
     # One metadata key only: safetensors writes several in random order, and equal networks shall give equal files.
-    write_atomically(Path(path), safetensors.torch.save(tensors, {_KEY: json.dumps(header)}))
+    return safetensors.torch.save(tensors, {_KEY: json.dumps(header)})
 
 
 def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
@@ -158,7 +180,17 @@ def is_packed(path: str | Path) -> bool:
 
 def packed_bytes(weight: QuantizedWeight) -> int:
     """Return the bytes that a layer's weight takes in a packed file: codes and scales."""
-    return packed_size(weight.codes.numel(), weight.grid.numel()) + 4 * weight.scale.numel()
+    return _code_bytes(weight) + 4 * weight.scale.numel()
+
+
+def mean_bits(weights: Iterable[QuantizedWeight]) -> float:
+    """Return the bits that a quantized weight takes in a packed file, the mean over all; scales don't count."""
+    weights = list(weights)
+    return 8 * sum(map(_code_bytes, weights)) / sum(weight.codes.numel() for weight in weights)
+
+
+def _code_bytes(weight: QuantizedWeight) -> int:
+    return packed_size(weight.codes.numel(), weight.grid.numel())
 
 
 def _describe(weight: QuantizedWeight) -> _Layer:

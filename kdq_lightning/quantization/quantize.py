@@ -2,9 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,54 +11,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.copies import copy_for_walk
-from kdq_lightning.quantization.forwards import PART_IMAGES
 from kdq_lightning.quantization.gram import layers_of
-from kdq_lightning.quantization.layer_report import LayerReport
-from kdq_lightning.quantization.layerwise import Calibration, Walk
-from kdq_lightning.quantization.packing import save_packed
+from kdq_lightning.quantization.layerwise import Calibration
+from kdq_lightning.quantization.mixed import candidate_recipes, check_budgets, quantize_mixed
 from kdq_lightning.quantization.probe import Plan, fit_images, probe
-from kdq_lightning.quantization.recipes import Recipe, make_recipe
-from kdq_lightning.quantization.solution import working_bytes
+from kdq_lightning.quantization.quantized import QuantizedNetworks
+from kdq_lightning.quantization.recipes import make_recipe
 from kdq_lightning.quantization.torch_state import isolated
+from kdq_lightning.quantization.walks import Walks
 
 ENOUGH = 0.95  # the share of quantized weights below which a warning says what is missing
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A network at one bit width.
-
-    Attributes:
-        model: The quantized copy, in eval mode; a layer that moment matching gave a bias has it as a parameter, and
-            weights that the model given computes (weight norm, pruning) are plain parameters.
-        layers: What became of each layer, in execution order, then why other parameters of two or more dimensions stay
-            in float.
-        weights: The quantized weights by module name.
-    """
-
-    model: nn.Module
-    layers: list[LayerReport]
-    weights: dict[str, QuantizedWeight]
-
-    @property
-    def share(self) -> float:
-        """The quantized part of the numbers in parameters of two or more dimensions, 0 to 1."""
-        matrices = {id(parameter): parameter.numel() for parameter in self.model.parameters() if parameter.dim() > 1}
-        quantized = {id(self.model.get_submodule(name).weight): weight for name, weight in self.weights.items()}
-        return sum(weight.codes.numel() for weight in quantized.values()) / max(1, sum(matrices.values()))
-
-    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the packed file: all that inference needs, and `metadata` for whoever reads it.
-
-        `quantized_share` is added to the metadata if a part of the weights stays in float.
-
-        Raises:
-            UserError: If the file can't be written, or the model's weights have changed since.
-        """
-        told = {"quantized_share": f"{self.share:.4g}"} if self.share < 1 else {}
-        save_packed(path, self.model, self.weights, {**(metadata or {}), **told})
 
 
 def quantize(
@@ -78,7 +40,9 @@ def quantize(
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
     stochastic: bool = False,
-) -> dict[int, Quantized]:
+    budgets: Sequence[int] = (),
+    metadata_bytes: int = 0,
+) -> QuantizedNetworks:
     """Quantize a copy of a network at each bit width, layer by layer, against the float network's outputs.
 
     Under an initialised process group each process gives its share of the calibration images, contiguous blocks of the
@@ -89,7 +53,7 @@ def quantize(
             so does a layer that isn't the plain operation on its weight; `Quantized.layers` says why.
         calibration_batches: Batches of inputs, read once, tensors or arrays; of a tuple or list, such as (images,
             labels), the first. A single tensor is one batch.
-        bits: Bit widths, 1 to 8, or one of them.
+        bits: Bit widths, 1 to 8, or one of them; with budgets there may be none.
         solver: `gpfq`, `gptq`, `least_squares`, `qronos` or `rounding`; None is the best known for the bit width, here
             and below.
         codebook: `paper`, `int`, `signed`, `midrise`, `narrow`, `soft` or `hard`.
@@ -102,35 +66,46 @@ def quantize(
         seed: Of the patches and of stochastic rounding.
         progress: Called after each layer with layers done, layers in all, and its name; None: a bar on a terminal.
         stochastic: Round to floor or ceiling with probability by distance.
+        budgets: Sizes of packed files in bytes. For each one the layers get bit widths of their own, so that the file
+            is no larger and the network suffers least.
+        metadata_bytes: What each budget leaves for the metadata that `Quantized.save` will be given.
 
     Returns:
-        The quantized networks by bit width.
+        The quantized networks by bit width; those of a budget are in its `mixed`.
 
     Raises:
         UserError: If an argument, the model or the calibration images can't be used; the message says why.
     """
+    given: dict[str, Any] = {
+        "solver": solver,
+        "codebook": codebook,
+        "scale": scale,
+        "refine": refine,
+        "match_moments": match_moments,
+        "patch_fraction": patch_fraction,
+        "stochastic": stochastic or None,
+    }
     recipes = [
-        make_recipe(
-            width,
-            mode,
-            solver=solver,
-            codebook=codebook,
-            scale=scale,
-            refine=refine,
-            match_moments=match_moments,
-            patch_fraction=patch_fraction,
-            stochastic=stochastic or None,
-        )
-        for width in ([bits] if isinstance(bits, int) else dict.fromkeys(bits))
+        make_recipe(width, mode, **given) for width in ([bits] if isinstance(bits, int) else dict.fromkeys(bits))
     ]
-    if not recipes:
+    if not recipes and not budgets:
         raise UserError("there is no bit width to quantize at: give bits such as (2, 4)")
+    check_budgets(budgets)
+    candidates = candidate_recipes(mode, **given) if budgets else []
     if not layers_of(model):
         raise UserError("the model has no Conv1d, Conv2d or Linear layer to quantize")
     images = gather_images(calibration_batches, next(model.parameters()).device)
     with isolated():
-        results = _quantize(model, images, recipes, max_memory_gb, seed, progress or print_progress)
-    first = results[recipes[0].bits]
+        network = copy_for_walk(model)
+        calibration = place_among_all(fit_images(network, images) if len(images) else images, seed)
+        plan = agreed(probe(network, model, calibration.images))
+        walks = Walks(network, plan, calibration, max_memory_gb, progress or print_progress)
+        walks.expect(recipes, candidates, len(budgets))
+        results = QuantizedNetworks()
+        results |= zip([recipe.bits for recipe in recipes], walks.run(recipes), strict=True)
+        if budgets:
+            results.mixed = quantize_mixed(walks, candidates, budgets, metadata_bytes)
+    first = next(iter([*results.values(), *results.mixed.values()]))
     if first.share < ENOUGH:
         left = [layer for layer in first.layers if not layer.levels]
         warnings.warn(
@@ -141,35 +116,6 @@ def quantize(
     return results
 
 
-def _quantize(
-    model: nn.Module,
-    images: Tensor,
-    recipes: Sequence[Recipe],
-    max_memory_gb: float,
-    seed: int,
-    progress: Callable[[int, int, str], None],
-) -> dict[int, Quantized]:
-    network = copy_for_walk(model)
-    calibration = place_among_all(fit_images(network, images) if len(images) else images, seed)
-    plan = agreed(probe(network, model, calibration.images))
-    groups = split_by_memory(network, plan, recipes, calibration.share, max_memory_gb * 1e9)
-    total = len(plan.samples) * len(groups)
-    done = 0
-
-    def on_layer(name: str) -> None:
-        nonlocal done
-        done += 1
-        progress(done, total, name)
-
-    results = {}
-    for group in groups:
-        walk = Walk(network, plan, calibration, group, on_layer)
-        walk.run()
-        for i, recipe in enumerate(group):
-            results[recipe.bits] = Quantized(walk.models[i], walk.reports[i], walk.weights[i])
-    return results
-
-
 def agreed(plan: Plan) -> Plan:
     """Return the first process's plan in all, which look at other images: their walks must take the same steps."""
     if not dist.is_initialized():
@@ -177,31 +123,6 @@ def agreed(plan: Plan) -> Plan:
     plans = [plan]
     dist.broadcast_object_list(plans)
     return plans[0]
-
-
-def split_by_memory(
-    network: nn.Module, plan: Plan, recipes: Sequence[Recipe], images: int, limit: float
-) -> list[list[Recipe]]:
-    """Split bit widths into groups that walk together within `limit` bytes, as few as can be.
-
-    Raises:
-        UserError: If a single bit width takes more.
-    """
-    for size in range(len(recipes), 0, -1):
-        groups = [list(recipes[start : start + size]) for start in range(0, len(recipes), size)]
-        need = max(walk_bytes(network, plan, group, images) for group in groups)
-        if need <= limit:
-            return groups
-    gigabytes = f"{need / 1e9:.3g} GB"
-    raise UserError(f"one bit width takes {gigabytes} on {images} images: raise max_memory_gb, or give fewer images")
-
-
-def walk_bytes(network: nn.Module, plan: Plan, recipes: Sequence[Recipe], images: int) -> float:
-    """Return the memory that a walk over all these recipes at once takes at its peak, beside the networks."""
-    layers, memory = layers_of(network), plan.activations
-    stacked = images * (1 + len(recipes))
-    solving = (memory.at_layer[name] * stacked + working_bytes(layers[name], recipes) for name in plan.samples)
-    return images * memory.image + PART_IMAGES * memory.peak + max(solving, default=0.0)
 
 
 def print_progress(done: int, total: int, name: str) -> None:
