@@ -1,4 +1,4 @@
-"""Writing a file so that it is either there, whole, or not there at all, and telling files apart."""
+"""Writing a file so that it is either there, whole, or not there at all; telling files apart; their sizes in words."""
 
 import hashlib
 import os
@@ -12,6 +12,35 @@ from kdq_lightning.errors import UserError
 
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}")  # the name of an unfinished file
 FRESH_SECONDS = 60  # another process may still be writing it
+
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?(?:e\d\d?)?) ?(?P<unit>|B|kB|MB|GB)", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(text: str | float, name: str = "a budget") -> int:
+    """Return the number of bytes that a size stands for, such as 100kB, 1.5MB or 50000; units are decimal.
+
+    Args:
+        text: The size.
+        name: What it is the size of, for the message.
+
+    Raises:
+        UserError: If it is no size, or not even one byte.
+    """
+    found = _SIZE.fullmatch(str(text).strip())
+    size = int(float(found["number"]) * _UNITS[found["unit"].lower()] + 1e-6) if found else 0
+    if size < 1:
+        raise UserError(f"{name} is a size such as 50000, 100kB or 1.5MB, got {text!r}")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """Return a size in decimal units with three digits, such as "89.3 kB"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= 0.9995 * unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.0f} B"
 
 
 def file_digest(path: Path) -> str:

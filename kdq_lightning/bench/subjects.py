@@ -16,6 +16,7 @@ SUBJECTS = {
     "step": ("kdq_lightning.bench.step", "images/s of the Trainer against a bare loop, by strategy"),
     "strategies": ("kdq_lightning.bench.step", "another name for step"),
     "quantization": ("kdq_lightning.bench.quantization", "accuracy and seconds of GPFQ against the published code"),
+    "mixed": ("kdq_lightning.bench.mixed", "accuracy of bits chosen layer by layer, against others of equal bytes"),
     "evaluation": ("kdq_lightning.bench.inference", "images/s of a network, its packed file and its exports"),
 }
 """Module and help of each subject. A module has `add_arguments(parser)` and `run(options) -> figures`."""

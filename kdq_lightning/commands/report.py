@@ -5,7 +5,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from kdq_lightning.errors import check_range
-from kdq_lightning.files import write_atomically
+from kdq_lightning.files import parse_bytes, write_atomically
 from kdq_lightning.report.document import ReportOptions, compose
 from kdq_lightning.report.findings import find
 from kdq_lightning.report.read_rows import read_rows
@@ -16,7 +16,9 @@ def main(args: list[str]) -> int:
     parser = ArgumentParser(prog="kdq report", description="Tables, figures and the answer, from records alone.")
     parser.add_argument("folders", nargs="+", type=Path, help="Folders; every record below them is read.")
     parser.add_argument("--out", type=Path, default=Path("report"), help="Folder that gets report.md and the rest.")
-    parser.add_argument("--max_bytes", type=float | None, default=None, help="Budget of the file to ship, in bytes.")
+    parser.add_argument(
+        "--max_bytes", type=str | None, default=None, help="Budget of the file to ship, such as 100kB, 1.5MB or 50000."
+    )
     parser.add_argument(
         "--min_accuracy", type=float | None, default=None, help="Accuracy that the file to ship must have, percent."
     )
@@ -24,9 +26,8 @@ def main(args: list[str]) -> int:
         "--published", action="store_true", help="Add the published value and the difference to each cell."
     )
     options = parser.parse_args(args)
-    write_report(
-        options.folders, options.out, ReportOptions(options.max_bytes, options.min_accuracy, options.published)
-    )
+    max_bytes = None if options.max_bytes is None else parse_bytes(options.max_bytes, "--max_bytes")
+    write_report(options.folders, options.out, ReportOptions(max_bytes, options.min_accuracy, options.published))
     return 0
 
 
@@ -47,8 +48,6 @@ def write_report(folders: list[Path], out: Path, options: ReportOptions | None =
         UserError: If there is no record, one is damaged, an option is out of range, or `out` can't be written.
     """
     options = options or ReportOptions()
-    if options.max_bytes is not None:
-        check_range("--max_bytes", options.max_bytes, low=0)
     if options.min_accuracy is not None:
         check_range("--min_accuracy", options.min_accuracy, low=0, high=100, including_low=True)
     datasets, notes = read_rows(folders)

@@ -185,7 +185,7 @@ def packed_bytes(weight: QuantizedWeight) -> int:
 
 def mean_bits(weights: Iterable[QuantizedWeight]) -> float:
     """Return the bits that a quantized weight takes in a packed file, the mean over all; scales don't count."""
-    weights = list(weights)
+    weights = list({id(weight): weight for weight in weights}.values())  # layers may share one
     return 8 * sum(map(_code_bytes, weights)) / sum(weight.codes.numel() for weight in weights)
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+from kdq_lightning.files import format_bytes
 from kdq_lightning.report.duels import Duel, File, files_of
 from kdq_lightning.report.file_choice import choose_file
-from kdq_lightning.report.formatting import MISSING, format_bytes, format_difference, format_p, format_summary
+from kdq_lightning.report.formatting import MISSING, format_difference, format_p, format_summary
 from kdq_lightning.report.rows import Measurement, Row, whole_rows
 
 TRACK_VERDICTS = {

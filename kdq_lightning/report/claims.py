@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from kdq_lightning.quantization.methods import MIXED_METHOD
 from kdq_lightning.report.answer import TRACK_VERDICTS, verdict
 from kdq_lightning.report.findings import Drop, Findings
 from kdq_lightning.report.formatting import format_difference
@@ -44,8 +45,8 @@ def _bullets(sentences: Sequence[str]) -> str:
 
 
 def _by_row(drops: Sequence[Drop]) -> Iterator[tuple[Row, list[Drop]]]:
-    """Yield each row with its drops, in ascending order of the bit width."""
-    for row in dict.fromkeys(drop.row for drop in drops):
+    """Yield each row of one bit width for all layers with its drops, in ascending order of that width."""
+    for row in dict.fromkeys(drop.row for drop in drops if drop.row.method != MIXED_METHOD):
         yield row, sorted((drop for drop in drops if drop.row is row), key=lambda drop: drop.bits)
 
 
@@ -96,6 +97,8 @@ def sentence_on_gains(gains: Mapping[Row, Mapping[int, Difference]]) -> str:
     """Say at which bit widths each student is better or worse than the control; `gains` is `Findings.gains`."""
     parts, every = [], max(map(len, gains.values()))
     for row, tests in gains.items():
+        if row.method == MIXED_METHOD:
+            continue
         verdicts = []
         for word, sign in (("better", 1), ("worse", -1)):
             widths = [bits for bits, test in tests.items() if _sign(test) == sign]

@@ -8,9 +8,8 @@ import numpy as np
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.report.file_choice import budget_ranges, choose_file, pareto_front
-from kdq_lightning.report.rows import Cell, Row, whole_rows
+from kdq_lightning.report.rows import Cell, Row, size_label, whole_rows
 from kdq_lightning.report.significance import LEVEL, Difference, McNemar, holm_adjusted, mcnemar, paired_bootstrap
-from kdq_lightning.runs.records import FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class File:
 
     Attributes:
         row: The row.
-        bits: The bit width.
+        bits: The bit width; of mixed bits the budget in bytes.
     """
 
     row: Row
@@ -45,7 +44,7 @@ class File:
     @property
     def label(self) -> str:
         """The row's label and the bit width, such as "Vanilla KD (resnet18), 2 bits"."""
-        return f"{self.row.label}, {'float' if self.bits == FLOAT_BITS else f'{self.bits} bits'}"
+        return f"{self.row.label}, {size_label(self.row.method, self.bits)}"
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from kdq_lightning.files import format_bytes
+from kdq_lightning.quantization.methods import MIXED_METHOD
 from kdq_lightning.report.file_choice import pareto_front
 from kdq_lightning.report.findings import Findings
-from kdq_lightning.report.formatting import format_bytes
 from kdq_lightning.report.rows import Cell, Row
 from kdq_lightning.runs.records import FLOAT_BITS, MEASURES
 from kdq_lightning.strategies import Appearance
@@ -45,12 +46,13 @@ class Curve:
 def draw_figures(findings: Findings) -> dict[str, Figure]:
     """Return the figures of a data set by name: accuracy against bits and bytes, and what else the records have."""
     dataset, rows = findings.dataset, findings.rows
+    uniform = [row for row in rows if row.method != MIXED_METHOD]
     by_bytes = _curves(rows, "test_top1", lambda bits, cell: cell.packed_bytes)
     points = [point for curve in by_bytes for point in zip(curve.x, curve.y, strict=True)]
     front = [points[i] for i in pareto_front([size for size, _ in points], [accuracy for _, accuracy in points])]
     figures = {}
     for name, measure in MEASURES.items():
-        curves = _curves(rows, name, lambda bits, cell: bits)
+        curves = _curves(uniform, name, lambda bits, cell: bits)
         if name == "test_top1":
             figures["accuracy_vs_bits"] = plot_by_bits(curves, measure.axis, dataset)
             figures["accuracy_vs_bytes"] = plot_by_bytes(by_bytes, front, measure.axis, dataset)

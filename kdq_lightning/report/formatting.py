@@ -30,11 +30,3 @@ def format_difference(difference: Difference, with_p: bool = True) -> str:
 def format_p(p: float) -> str:
     """Return a p-value as "p = 0.012" or "p = 2e-07"."""
     return f"p = {p:.3f}" if p >= 0.001 else f"p = {p:.1g}"
-
-
-def format_bytes(size: float) -> str:
-    """Return a size in decimal units with three digits, such as "89.3 kB"."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= 0.9995 * unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{size:.0f} B"

@@ -94,7 +94,7 @@ def _newest(measurements: Iterable[Measurement], notes: list[str]) -> list[Measu
     replaced: dict[tuple[Path, Path], Record] = {}
     for m in measurements:
         r = m.record
-        key = (r.dataset, r.strategy, r.network, r.peer, r.seed, r.config_hash, method_of(r), r.bits)
+        key = (r.dataset, r.strategy, r.network, r.peer, r.seed, r.config_hash, *identity(r))
         if key in kept and _figures(kept[key].record) != _figures(r):
             replaced[kept[key].folder, m.folder] = r
         kept[key] = m
@@ -133,15 +133,13 @@ def _group(measurements: Iterable[Measurement]) -> list[list[Measurement]]:
 def _is_same_recovery(group: list[Measurement], other: list[Measurement]) -> bool:
     """Tell whether two groups are one recovered network at different bit widths (`recover_2bit`, `recover_4bit`)."""
 
-    def identity(group: list[Measurement]) -> tuple[str, str, str, str]:
+    def settings(group: list[Measurement]) -> tuple[str, str, str, str]:
         first = group[0].record
         return first.dataset, first.strategy, _network(group), re.sub(r"\d+bit", "", first.run)
 
-    if group[0].record.strategy != "recover" or identity(group) != identity(other):
+    if group[0].record.strategy != "recover" or settings(group) != settings(other):
         return False
-    return not {(method_of(m.record), m.record.bits) for m in group} & {
-        (method_of(m.record), m.record.bits) for m in other
-    }
+    return not {identity(m.record)[1:] for m in group} & {identity(m.record)[1:] for m in other}
 
 
 def _network(group: list[Measurement]) -> str:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kdq_lightning.quantization.methods import DEFAULT_METHOD
-from kdq_lightning.runs.records import MEASURES, Record
+from kdq_lightning.files import format_bytes
+from kdq_lightning.quantization.methods import DEFAULT_METHOD, MIXED_METHOD
+from kdq_lightning.runs.records import FLOAT_BITS, MEASURES, Record
 from kdq_lightning.strategies import Appearance
 
 
@@ -115,7 +116,8 @@ class Row:
         strategy: Its name in the records.
         network: Name of the network; of peers with different networks all names, joined by "+".
         method: Name of the method that quantized it.
-        cells: By bit width, in ascending order; `FLOAT_BITS` is the float network.
+        cells: By bit width, in ascending order; `FLOAT_BITS` is the float network. Those of mixed bits by
+            budget in bytes.
         label: Title of the row in tables and figures; different for each row of a data set.
         appearance: Colour and marker of its curves.
         is_teachers: Whether it is on the teacher's track: the teacher itself, or the teacher's network recovered after
@@ -145,6 +147,13 @@ class Row:
     def is_partial(self) -> bool:
         """Whether a limit left images out of its evaluation."""
         return any(m.record.partial for cell in self.cells.values() for m in cell.measurements)
+
+
+def size_label(method: str, bits: int) -> str:
+    """Return what a file of a row is called, such as "2 bits", "float" or "within 100 kB" for mixed bits."""
+    if bits == FLOAT_BITS:
+        return "float"
+    return f"within {format_bytes(bits)}" if method == MIXED_METHOD else f"{bits} bit{'s' if bits > 1 else ''}"
 
 
 def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from kdq_lightning.quantization.methods import DEFAULT_METHOD
+from kdq_lightning.quantization.methods import DEFAULT_METHOD, MIXED_METHOD
 from kdq_lightning.report.duels import Duel, File, files_of
 from kdq_lightning.report.findings import Drop
 from kdq_lightning.report.formatting import MISSING, format_difference, format_p, format_summary
 from kdq_lightning.report.published import BITS, published_drop, published_top1
-from kdq_lightning.report.rows import Row
+from kdq_lightning.report.rows import Row, size_label
 from kdq_lightning.report.significance import Difference
 from kdq_lightning.report.table_formats import Entry, Table, table_of_texts
 from kdq_lightning.runs.records import FLOAT_BITS, MEASURES
@@ -22,17 +22,18 @@ def bit_widths(rows: Sequence[Row]) -> list[int]:
     return sorted({*published, *(bits for row in rows for bits in row.cells)})
 
 
-def heading(bits: int, levels: Sequence[int] = ()) -> str:
+def heading(bits: int, levels: Sequence[int] = (), method: str = DEFAULT_METHOD) -> str:
     """Return the title of a column, such as "2 bits, 4 levels".
 
     Args:
-        bits: Bit width.
+        bits: Bit width; of mixed bits the budget in bytes.
         levels: The different numbers of levels in the column; they are named only if there is exactly one.
+        method: Of the rows.
     """
     if bits == FLOAT_BITS:
         return "float (32 bits)"
-    title = f"{bits} bit{'s' if bits > 1 else ''}"
-    return f"{title}, {levels[0]} levels" if len(levels) == 1 else title
+    title = size_label(method, bits)
+    return f"{title}, {levels[0]} levels" if len(levels) == 1 and method != MIXED_METHOD else title
 
 
 def measure_table(rows: Sequence[Row], measure: str, published: bool = False) -> Table:
@@ -47,7 +48,7 @@ def measure_table(rows: Sequence[Row], measure: str, published: bool = False) ->
     levels = {bits: sorted({row.cells[bits].levels or 0 for row in rows if bits in row.cells} - {0}) for bits in widths}
     columns = [_column(rows, bits, measure, published, len(levels[bits]) > 1) for bits in widths]
     lines = [[Entry(row.label), *entries] for row, *entries in zip(rows, *columns, strict=True)]
-    return Table(["", *(heading(bits, levels[bits]) for bits in widths)], lines)
+    return Table(["", *(heading(bits, levels[bits], rows[0].method) for bits in widths)], lines)
 
 
 def _column(rows: Sequence[Row], bits: int, measure: str, published: bool, name_levels: bool) -> list[Entry]:
@@ -77,7 +78,7 @@ def bytes_table(rows: Sequence[Row]) -> Table:
         [row.label, *(f"{row.cells[bits].packed_bytes:,}" if bits in row.cells else MISSING for bits in widths)]
         for row in rows
     ]
-    return table_of_texts(["", *map(heading, widths)], lines)
+    return table_of_texts(["", *(heading(bits, (), rows[0].method) for bits in widths)], lines)
 
 
 def duel_table(duels: Sequence[Duel]) -> Table:
@@ -111,7 +112,7 @@ def gain_table(gains: Mapping[Row, Mapping[int, Difference]], rows: Sequence[Row
         for row in rows
         if (tests := gains.get(row)) is not None
     ]
-    return table_of_texts(["", *map(heading, widths)], lines)
+    return table_of_texts(["", *(heading(bits, (), rows[0].method) for bits in widths)], lines)
 
 
 def drop_table(drops: Sequence[Drop]) -> Table:
@@ -125,8 +126,9 @@ def drop_table(drops: Sequence[Drop]) -> Table:
             for reference, test in (("control", drop.versus_control), ("teacher", drop.versus_teacher))
         ]
         known = published_drop(drop.row.dataset, strategy, drop.bits)
+        size = size_label(drop.row.method, drop.bits) if drop.row.method == MIXED_METHOD else drop.bits
         published = "" if known is None else f"{known:.2f}"
-        lines.append([drop.row.label, drop.bits, format_difference(drop.own, with_p=False), published, *versus])
+        lines.append([drop.row.label, size, format_difference(drop.own, with_p=False), published, *versus])
     return table_of_texts(header, lines)
 
 
@@ -147,7 +149,7 @@ def cell_table(rows: Sequence[Row]) -> Table:
         lines.append(
             [
                 *(row.dataset, row.label, row.strategy, row.network, *([method] if has_methods else [])),
-                *(bits, cell.levels, cell.packed_bytes, len(cell.seeds)),
+                *(cell.measurements[0].record.bits, cell.levels, cell.packed_bytes, len(cell.seeds)),
                 *("" if value is None else f"{value:.6g}" for value in numbers),
                 published_top1(row.dataset, row.strategy, bits),
             ]

@@ -17,7 +17,7 @@ WITHOUT_EFFECT = {
         *("limit_predict_batches", "inference_mode", "profiler", "detect_anomaly", "barebones"),
         *("enable_autolog_hparams", "model_registry"),
     },
-    "quantization": {"bits", "methods", "enabled"},  # each bit width and method is a record of its own
+    "quantization": {"bits", "methods", "budgets", "enabled"},  # each bit width, method, budget is a record of its own
 }
 
 

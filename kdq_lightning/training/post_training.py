@@ -12,9 +12,11 @@ from rich.console import Console
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import full_float32
+from kdq_lightning.files import parse_bytes
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.quantization import Quantized, quantize
-from kdq_lightning.quantization.methods import CUSTOM_METHOD, DEFAULT_METHOD, METHODS, choose_methods
+from kdq_lightning.quantization.methods import CUSTOM_METHOD, DEFAULT_METHOD, METHODS, MIXED_METHOD, choose_methods
+from kdq_lightning.quantization.mixed import check_budgets
 from kdq_lightning.quantization.recipes import make_recipe
 from kdq_lightning.runs.identity import Identity
 from kdq_lightning.runs.records import FLOAT_BITS, identity
@@ -51,6 +53,7 @@ class PostTrainingQuantization(Callback):
         enabled: bool = True,
         network: str | None = None,
         evaluate: Evaluate | None = None,
+        budgets: tuple[int | str, ...] = (),
     ) -> None:
         """Choose what is done once training has ended.
 
@@ -68,9 +71,11 @@ class PostTrainingQuantization(Callback):
             evaluate: Takes a network in eval mode and a loader of the validation or test images, and returns numbers
                 by name; `top1`, in percent, is drawn as the accuracy. If not given, batches are (inputs, labels), and
                 the network's accuracy on them is measured.
+            budgets: Sizes of packed files, such as 100kB, 1.5MB or 50000 bytes. For each one the layers get bit widths
+                of their own, so that the file is no larger and the network suffers least; the method `mixed`.
 
         Raises:
-            UserError: If there is no bit width or method, one twice, or an option is unknown.
+            UserError: If there is no bit width or method, one twice, an option is unknown, or a budget is no size.
         """
         if not bits or len(set(bits)) != len(bits):
             raise UserError(f"bits are one or more different bit widths, got {list(bits)}")
@@ -78,6 +83,8 @@ class PostTrainingQuantization(Callback):
         for width in bits:
             make_recipe(width, None, solver=solver, codebook=codebook)
         self.bits = tuple(sorted(bits))
+        self.budgets = tuple(sorted(map(parse_bytes, budgets)))
+        check_budgets(self.budgets)
         self.calibration_images = calibration_images
         self.test, self.enabled = test, enabled
         self.network, self.evaluate = network, evaluate
@@ -143,9 +150,10 @@ class PostTrainingQuantization(Callback):
         return has_quantized(folder) and not missing
 
     def rows(self, name: str) -> list[Identity]:
-        """Return the rows of a float network: itself, then each method at each bit width."""
+        """Return the rows of a float network: itself, each method at each bit width, and mixed bits at each budget."""
         float_row = Identity(name, FLOAT_METHOD, FLOAT_BITS)
-        return [float_row, *(Identity(name, method, bits) for method in self.methods for bits in self.bits)]
+        uniform = [Identity(name, method, bits) for method in self.methods for bits in self.bits]
+        return [float_row, *uniform, *(Identity(name, MIXED_METHOD, budget) for budget in self.budgets)]
 
     def quantize(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Do what the results' folder lacks, network by network, then write dashboard and table.
@@ -194,14 +202,21 @@ class PostTrainingQuantization(Callback):
         floats = source.evaluate(name, network, bars.images)
         if float_is_missing:
             run.add_row(missing[0], network, floats, float_evaluations=floats)
-        for method, options in self.methods.items():
+        mixed = {MIXED_METHOD: self.methods.get(CUSTOM_METHOD, {})}
+        for method, options in {**self.methods, **mixed}.items():
             rows = [row for row in missing if row.method == method]
             if not rows:
                 continue
             with full_float32(source.device):
-                images = source.inputs(name, self.calibration_images)
-                widths = [row.bits for row in rows]
-                quantized = quantize(network, [images], widths, progress=bars.layers, **options)
+                images = [source.inputs(name, self.calibration_images)]
+                sizes = [row.bits for row in rows]
+                if method == MIXED_METHOD:
+                    room = max(map(run.metadata_bytes, rows))
+                    quantized = quantize(
+                        network, images, (), budgets=sizes, metadata_bytes=room, progress=bars.layers, **options
+                    ).mixed
+                else:
+                    quantized = quantize(network, images, sizes, progress=bars.layers, **options)
             for row in rows:
                 result = quantized.pop(row.bits)  # so that its network's memory is free when it is done
                 evaluations = source.evaluate(name, result.model, bars.images)

@@ -1,6 +1,6 @@
 """One row: a network at one bit width, packed into a file, and recorded with what was measured of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,8 @@ from torch import nn
 import kdq_lightning
 from kdq_lightning.evaluation import Evaluation
 from kdq_lightning.quantization import Quantized
-from kdq_lightning.quantization.methods import DEFAULT_METHOD
+from kdq_lightning.quantization.methods import DEFAULT_METHOD, MIXED_METHOD
+from kdq_lightning.quantization.packing import mean_bits, metadata_bytes
 from kdq_lightning.runs.checkpoints import state_dict_bytes
 from kdq_lightning.runs.identity import Identity
 from kdq_lightning.runs.records import LayerRecord, Record, packed_path
@@ -72,14 +73,17 @@ class QuantizedRun:
         record = self._record(row, evaluations, float_evaluations, quantized)
         correct = {split: e.correct for split, e in evaluations.items() if isinstance(e, Evaluation)}
         reports = quantized.layers if quantized else []
-        layers = [LayerRecord(**vars(report), network=row.name, method=row.method, bits=row.bits) for report in reports]
+        layers = [
+            LayerRecord(**vars(report), network=row.name, method=row.method, bits=record.bits, budget=record.budget)
+            for report in reports
+        ]
 
         def write() -> None:
             if quantized is None:
                 size = len(state_dict_bytes(network))
             else:
                 path = packed_path(self.source.folder, record)
-                quantized.save(path, self._metadata(record))
+                quantized.save(path, self._metadata(row.name, vars(record)))
                 size = path.stat().st_size
             self.results.add(replace(record, packed_bytes=size), correct, layers)
 
@@ -96,24 +100,36 @@ class QuantizedRun:
         source = self.source
         return Record(
             method=row.method,
-            bits=row.bits,
             packed_bytes=0,
             config_hash=source.config_hash,
             version=kdq_lightning.__version__,
             **source.fields(row.name),
             **source.measured(evaluations, float_evaluations),
+            **bits_fields(row, quantized),
             **quantization_fields(quantized),
         )
 
-    def _metadata(self, record: Record) -> dict[str, str]:
-        """Return what the packed file says of its network."""
+    def metadata_bytes(self, row: Identity) -> int:
+        """Return how many bytes of a row's packed file its metadata take at most."""
+        known = {"method": row.method, "bits": row.bits, "config_hash": self.source.config_hash}
+        return metadata_bytes(self._metadata(row.name, {**self.source.fields(row.name), **known}))
+
+    def _metadata(self, name: str, fields: Mapping[str, Any]) -> dict[str, str]:
+        """Return what the packed file of a network says of it, given the fields of its record."""
         keys = ["network", "dataset", "strategy", "peer", "seed", "bits", "config_hash"]
-        keys += ["method"] * (record.method != DEFAULT_METHOD)
-        return {**{key: str(getattr(record, key)) for key in keys}, **self.source.metadata(record.name)}
+        keys += ["method"] * (fields["method"] != DEFAULT_METHOD)
+        return {**{key: str(fields[key]) for key in keys}, **self.source.metadata(name)}
 
 
 FLOAT_ROW = {"solver": "", "codebook": "", "levels": None, "relative_error": None, "seconds": None}
 """What the float network has in the fields that quantization fills."""
+
+
+def bits_fields(row: Identity, quantized: Quantized | None) -> dict[str, Any]:
+    """Return the fields of a record that say how many bits a network has."""
+    if quantized is None or row.method != MIXED_METHOD:
+        return {"bits": row.bits}
+    return {"bits": round(mean_bits(quantized.weights.values()), 2), "budget": row.bits}
 
 
 def quantization_fields(quantized: Quantized | None) -> dict[str, Any]:

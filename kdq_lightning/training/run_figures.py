@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from kdq_lightning.files import format_bytes
 from kdq_lightning.quantization.methods import CUSTOM_METHOD, DEFAULT_METHOD, MIXED_METHOD
-from kdq_lightning.report.formatting import format_bytes
 from kdq_lightning.runs.records import FLOAT_BITS, LayerRecord, Record
 from kdq_lightning.strategies import appearances
 
@@ -51,7 +51,8 @@ def accuracy_figure(records: Sequence[Record], images: int) -> Figure:
                     axes.axhline(record.top1 or 0.0, linestyle="--", linewidth=1.2, color=grey, label=f"{name}, float")
     by_bits.set(xlabel="bit width", ylabel="top-1 accuracy, %")
     by_bits.set_ylim(*accuracy_range([record.top1 for record in records if record.top1 is not None], images))
-    by_bits.set_xticks(sorted({int(record.bits) for record in records if record.bits != FLOAT_BITS}))
+    uniform = (record for record in records if record.method not in ("", MIXED_METHOD))
+    by_bits.set_xticks(sorted({int(record.bits) for record in uniform}))
     by_bytes.set(xlabel="bytes of the file", ylabel="top-1 accuracy, %", xscale="log")
     by_bytes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     by_bytes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
