@@ -2,8 +2,9 @@
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -91,8 +92,8 @@ def run(args: Namespace) -> dict[str, Any]:
 
 def quantized_networks(
     model: nn.Module, images: Tensor, bits: Sequence[int], random_choices: int, seed: int
-) -> Iterator[tuple[str, str, Quantized]]:
-    """Yield method, size and network of each choice: uniform ones, those at their bytes, and half-way between two.
+) -> list[tuple[str, str, Quantized]]:
+    """Return method, size and network of each choice: uniform ones, those at their bytes, and half-way between two.
 
     Args:
         model: The float network, in eval mode.
@@ -113,17 +114,17 @@ def quantized_networks(
         raised = [{**dict.fromkeys(names, recipe), **ends} for recipe in uniform]
         sizes = [f"{width} bits" for width in bits]
         found = walks.run([*uniform, *raised])
+        results: list[tuple[str, str, Quantized]] = []
         budgets: dict[int, str] = {}
         for method, networks in (("uniform", found[: len(bits)]), ("first and last at 8 bits", found[len(bits) :])):
             for size, result in zip(sizes, networks, strict=True):
-                yield method, size, result
+                results.append((method, size, result))
                 budgets[result.file_bytes()] = size if method == "uniform" else f"{size}, first and last at 8"
         whole = [result.file_bytes() for result in found[: len(bits)]]
-        for i, (low, high) in enumerate(zip(whole, whole[1:], strict=False)):
+        for i, (low, high) in enumerate(pairwise(whole)):
             budgets[int(low + BETWEEN * (high - low))] = f"half-way from {bits[i]} to {bits[i + 1]} bits"
-        del found
         for budget, result in quantize_mixed(walks, recipes, list(budgets), 0).items():
-            yield "mixed", budgets[budget], result
+            results.append(("mixed", budgets[budget], result))
         files = Files(network, names, plan.tied, recipes)
         draws = random.Random(seed)
         drawn = [random_choice(files, budget, draws) for budget in whole for _ in range(random_choices)]
@@ -131,7 +132,8 @@ def quantized_networks(
             dict(zip(names, [recipes[i] for i in choice], strict=True)) for choice in drawn
         ]
         for i, result in enumerate(walks.run(chosen)):
-            yield "random", sizes[i // random_choices], result
+            results.append(("random", sizes[i // random_choices], result))
+    return results
 
 
 def random_choice(files: Files, budget: int, draws: random.Random) -> list[int]:
