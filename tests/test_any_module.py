@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.quantization import Quantized, load_packed, quantize
+from kdq_lightning.quantization import Quantized, gram, load_packed, quantize
 from kdq_lightning.quantization.gram import Patches, Rows
 from kdq_lightning.quantization.torch_state import TorchState
 
@@ -411,11 +411,30 @@ def test_products_of_half_precision_are_taken_in_float32(dtype, layer):
     inputs = torch.randn(400, 12).to(dtype)
     shaped = inputs if isinstance(layer, nn.Linear) else inputs.unsqueeze(2)
     rows = Rows(Patches(layer), [[shaped, shaped]], torch.zeros(400, 1, dtype=torch.int64), 0)
-    (gram,) = rows.collect([True])
+    (found,) = rows.collect([True])
     x, weight = inputs.double(), layer.weight.detach().double().flatten(1)
-    torch.testing.assert_close(gram.A[0], x.T @ x, rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(gram.BW[0], x.T @ (x @ weight.T), rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(gram.y_square[0, 0], (x @ weight.T).square().sum(0), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(found.A[0], x.T @ x, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(found.BW[0], x.T @ (x @ weight.T), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(found.y_square[0, 0], (x @ weight.T).square().sum(0), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(("together", "products"), [(64, [64] * 5 + [10]), (256, [256, 74]), (4096, [330])])
+@pytest.mark.parametrize("kept", [None, 3])
+def test_rows_are_gathered_across_parts(together, products, kept, monkeypatch):
+    """A product of few rows costs less than adding it up does."""
+    layer, inputs = nn.Linear(12, 5), torch.randn(330, 12)
+    held_out = None if kept is None else torch.arange(330) % 4 >= kept
+    parts = [[x, x + 1] for x in inputs.split(64)]
+    sizes = []
+    add = gram._add_lower
+    monkeypatch.setattr(gram, "_add_lower", lambda A, rows: (sizes.append(rows.shape[1]), add(A, rows)))
+    rows = Rows(Patches(layer), parts, torch.zeros(330, 1, dtype=torch.int64), 0, held_out, together)
+    (found,) = rows.collect([True])
+    x = inputs.double() if held_out is None else inputs[~held_out].double()
+    assert found.rows == len(x) == sum(sizes) and len(sizes) == len(products)
+    assert held_out is not None or sizes == products
+    torch.testing.assert_close(found.A[0], (x + 1).T @ (x + 1), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(found.B[0], (x + 1).T @ x, rtol=1e-5, atol=1e-3)
 
 
 def test_a_bfloat16_network_loads_to_the_bit(tmp_path, images):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
 CHUNK_ROWS = 1024
 BLOCK_ROWS = 2048  # gathered at a time
-BLOCK_SAMPLES = 64  # at most, where a sample has few rows
+BLOCK_SAMPLES = 64  # that the published method gathers at a time at most: its sums and codes stay what they were
 STRIP = 144  # narrower products waste more than the symmetry of A saves
 
 
@@ -57,7 +58,24 @@ class Gram:
 
     def error(self, weight: Tensor) -> Tensor:
         """Return |Xw - X̃q|² of each neuron, (groups, 1, neurons), for the weights q, (groups, N, neurons)."""
-        return (weight * (self.A @ weight - 2 * self.BW)).sum(1, keepdim=True) + self.y_square
+        return self.energy(weight) - 2 * (weight * self.BW).sum(1, keepdim=True) + self.y_square
+
+    def ahead(self, weight: Tensor) -> Tensor:
+        """Return the strictly upper part of A times q, (groups, N, neurons): what comes after each column."""
+        product = torch.empty_like(weight)
+        size = weight.shape[1]
+        for start in range(0, size, STRIP):
+            strip, stop = slice(start, start + STRIP), min(start + STRIP, size)
+            torch.matmul(self.A[:, strip, strip].triu(1), weight[:, strip], out=product[:, strip])
+            product[:, strip].baddbmm_(self.A[:, strip, stop:], weight[:, stop:])
+        return product
+
+    def energy(self, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
+        """Return |X̃q|² = qᵀAq of each neuron, (groups, 1, neurons); `ahead` is `ahead(weight)` where that is known."""
+        if ahead is None:
+            ahead = self.ahead(weight)
+        diagonal = self.A.diagonal(dim1=1, dim2=2).unsqueeze(2)
+        return (weight * (2 * ahead + diagonal * weight)).sum(1, keepdim=True)
 
     def with_ridge(self, weight: Tensor, factor: float) -> "Gram":
         """Return the sums of |Xw - X̃q|² + λ|w - q|² with λ = factor · mean(diag A) · min(1, N / rows) in each group.
@@ -79,7 +97,7 @@ class Gram:
         square = self.y_square + penalty * weight.square().sum(1, keepdim=True)
         return replace(self, A=A, B=B, BW=self.BW + penalty * weight, y_square=square)
 
-    def neurons(self, part: slice) -> "Gram":
+    def neurons(self, part: slice | Tensor) -> "Gram":
         """Return what concerns some of the neurons."""
         return replace(self, BW=self.BW[:, :, part], y_square=self.y_square[:, :, part], y_sum=self.y_sum[:, :, part])
 
@@ -211,6 +229,8 @@ class Rows:
         positions: (samples, draws), the patches to take of each sample.
         first_sample: Index of the first of these samples in the whole calibration set.
         held_out: (samples,) bool, the samples that the layer is not solved on, but tried; None for none.
+        block_samples: Samples gathered at a time at most, across parts, where a sample has few rows: a product of few
+            rows costs less than adding it to N² sums does.
     """
 
     patches: Patches
@@ -218,6 +238,7 @@ class Rows:
     positions: Tensor
     first_sample: int
     held_out: Tensor | None = None
+    block_samples: int = BLOCK_SAMPLES
 
     def collect(self, cross: Sequence[bool]) -> list[Gram]:
         """Gather the Gram matrices over the rows that are not held out, summed over all processes.
@@ -300,37 +321,47 @@ class Rows:
         """
         patches, positions = self.patches, self.positions
         places = patches.places(self.parts[0][0])
-        for part, block, place in _blocks([len(part[0]) for part in self.parts], positions.shape[1], self.first_sample):
-            inputs, *quantized = (stream[block] for stream in self.parts[part])
-            wanted = positions[place]
-            samples = torch.arange(len(wanted), device=wanted.device)
-            if chosen is not None:
-                samples = samples[chosen[place]]
-                wanted = wanted[samples]
-            if len(samples):
-                where = places.of(wanted, samples)
-                yield (
-                    _chunks(patches.rows(inputs, *where)),
-                    (_chunks(patches.rows(stream, *where)) for stream in quantized),
-                )
+        for pieces in self._blocks():
+            found = []
+            for part, block, place in pieces:
+                wanted = positions[place]
+                samples = torch.arange(len(wanted), device=wanted.device)
+                if chosen is not None:
+                    samples = samples[chosen[place]]
+                    wanted = wanted[samples]
+                if len(samples):
+                    found.append((self.parts[part], block, places.of(wanted, samples)))
 
+            def rows(stream: int, found: list[Any] = found) -> list[Tensor]:
+                taken = [patches.rows(part[stream][block], *where) for part, block, where in found]
+                return _chunks(taken[0] if len(taken) == 1 else torch.cat(taken, 1))
 
-def _blocks(sizes: Sequence[int], draws: int, first_sample: int) -> Iterator[tuple[int, slice, slice]]:
-    """Cut parts of these sizes into blocks of up to BLOCK_ROWS rows, at multiples of a power of two samples.
+            if found:
+                yield rows(0), map(rows, range(1, len(self.parts[0])))
 
-    So shards cut where parts are repeat the products of a single process.
+    def _blocks(self) -> Iterator[list[tuple[int, slice, slice]]]:
+        """Cut the parts into blocks of up to BLOCK_ROWS rows, at multiples of a power of two samples.
 
-    Yields:
-        The part, the samples in it, and the same samples in all parts.
-    """
-    length = 2 ** max(0, (BLOCK_ROWS // draws).bit_length() - 1)
-    length = min(length, BLOCK_SAMPLES)
-    before = 0
-    for part, size in enumerate(sizes):
-        cuts = [0, *range(length - (first_sample + before) % length, size, length), size]
-        for start, stop in pairwise(cuts):
-            yield part, slice(start, stop), slice(before + start, before + stop)
-        before += size
+        So shards cut at such multiples repeat the products of a single process.
+
+        Yields:
+            The pieces of each block: the part, the samples in it, and the same samples in all parts.
+        """
+        length = 2 ** max(0, (BLOCK_ROWS // self.positions.shape[1]).bit_length() - 1)
+        length = min(length, self.block_samples)
+        pieces: list[tuple[int, slice, slice]] = []
+        before = 0
+        for number, part in enumerate(self.parts):
+            size = len(part[0])
+            cuts = [0, *range(length - (self.first_sample + before) % length, size, length), size]
+            for start, stop in pairwise(cuts):
+                pieces.append((number, slice(start, stop), slice(before + start, before + stop)))
+                if (self.first_sample + before + stop) % length == 0:
+                    yield pieces
+                    pieces = []
+            before += size
+        if pieces:
+            yield pieces
 
 
 def _chunks(rows: Tensor) -> list[Tensor]:

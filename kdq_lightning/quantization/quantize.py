@@ -97,8 +97,9 @@ def quantize(
     images = gather_images(calibration_batches, next(model.parameters()).device)
     with isolated():
         network = copy_for_walk(model)
-        calibration = place_among_all(fit_images(network, images) if len(images) else images, seed)
-        plan = agreed(probe(network, model, calibration.images))
+        with isolated():  # from what these forwards leave switched on
+            calibration = place_among_all(fit_images(network, images) if len(images) else images, seed)
+            plan = agreed(probe(network, model, calibration.images))
         walks = Walks(network, plan, calibration, max_memory_gb, progress or print_progress)
         walks.expect(recipes, candidates, len(budgets))
         results = QuantizedNetworks()

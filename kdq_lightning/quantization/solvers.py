@@ -23,10 +23,45 @@ class Recursion(NamedTuple):
     Attributes:
         targets: T, (groups, N, neurons).
         feedback: F, (groups, N, N), of which the strictly upper part is read; None for no feedback.
+        score: How the recursion's own residuals tell the layer's error; None where they don't.
     """
 
     targets: Tensor
     feedback: Tensor | None
+    score: "Score | None" = None
+
+
+class Score(NamedTuple):
+    """The error |Xw - X̃q|² of each neuron, up to a constant: Σ curvature·z² + Σ linear·q - damping·Σ q².
+
+    z_t = T_t - Σ_{s<t} q_s F_st - q_t is what rounding column t leaves. With H = A + λI = UUᵀ and a recursion around v
+    the first sum is (q - v)ᵀH(q - v), so no product with A is needed.
+
+    Attributes:
+        curvature: U_tt², (groups, N, 1).
+        linear: (groups, N, neurons).
+        damping: λ, (groups, 1, 1).
+    """
+
+    curvature: Tensor
+    linear: Tensor
+    damping: Tensor
+
+    def errors(self, levels: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
+        """Return the errors for several scales of each neuron, in the type of the levels.
+
+        Args:
+            levels: In units of the scale, (groups, N, candidates, neurons).
+            residual: z in units of the scale, of that shape.
+            scale: (groups, 1, candidates, neurons).
+
+        Returns:
+            (groups, 1, candidates, neurons), each neuron's with a constant of its own.
+        """
+        curvature, linear, damping = (part.to(levels).unsqueeze(2) for part in self)
+        convex = (residual.square() * curvature).sum(1, keepdim=True)
+        convex -= damping * levels.square().sum(1, keepdim=True)
+        return scale * (scale * convex + (levels * linear).sum(1, keepdim=True))
 
 
 def gpfq(gram: Gram, weight: Tensor) -> Recursion:
@@ -48,15 +83,22 @@ def gptq(gram: Gram, weight: Tensor) -> Recursion:
     With A + λI = UUᵀ, U upper triangular, M = U / diag U: q_t = Q(w_t + Σ_{s<t} (w_s - q_s) M_st), the optimum of the
     columns still free, so F = M. Frantar et al. 2022, arXiv 2210.17323.
     """
-    upper = _damped_factor(gram)[0]
-    return _around(weight, upper)
+    upper, damping = _damped_factor(gram)
+    curvature = _curvature(upper)
+    linear = 2 * (gram.A @ weight + damping * weight - gram.BW)
+    feedback = upper.div_(curvature.sqrt().mT)
+    return Recursion(feedback.mT @ weight, feedback, Score(curvature, linear, damping))
 
 
 def least_squares(gram: Gram, weight: Tensor) -> Recursion:
-    """Round as `gptq` does, around the least-squares weights v = (A + λI)⁻¹(Bw + λw)."""
+    """Round as `gptq` does, around the least-squares weights v = (A + λI)⁻¹(Bw + λw).
+
+    Their targets are Mᵀv = (Uᵀv) / diag U = U⁻¹(Bw + λw) / diag U: v itself is never needed.
+    """
     upper, damping = _damped_factor(gram)
-    solved = torch.linalg.solve_triangular(upper, gram.BW + damping * weight, upper=True)
-    return _around(torch.linalg.solve_triangular(upper.mT, solved, upper=False), upper)
+    curvature = _curvature(upper)
+    targets = torch.linalg.solve_triangular(upper, gram.BW + damping * weight, upper=True).div_(curvature.sqrt())
+    return Recursion(targets, upper.div_(curvature.sqrt().mT), Score(curvature, 2 * damping * weight, damping))
 
 
 def qronos(gram: Gram, weight: Tensor) -> Recursion:
@@ -64,7 +106,7 @@ def qronos(gram: Gram, weight: Tensor) -> Recursion:
 
     Zhang et al. 2025, arXiv 2505.11695.
     """
-    targets, feedback = least_squares(gram, weight)
+    targets, feedback, _ = least_squares(gram, weight)
     diagonal = gram.A[:, :1, 0]
     alive = diagonal > 0
     first = gram.BW[:, 0] - (gram.A[:, :1, 1:] @ weight[:, 1:]).squeeze(1)
@@ -82,15 +124,14 @@ def _damped_factor(gram: Gram) -> tuple[Tensor, Tensor]:
     diagonal = gram.A.diagonal(dim1=1, dim2=2)
     damping = DAMPING * diagonal.mean(1, keepdim=True).unsqueeze(2)
     damping = torch.where(damping == 0, 1.0, damping)
-    damped = gram.A.clone()
+    damped = gram.A.flip(1, 2)
     damped.diagonal(dim1=1, dim2=2).add_(damping.squeeze(2))
-    return torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2), damping
+    return torch.linalg.cholesky(damped).flip(1, 2), damping
 
 
-def _around(target: Tensor, upper: Tensor) -> Recursion:
-    """Return the recursion whose feedback corrects the columns still free around `target`."""
-    feedback = upper / upper.diagonal(dim1=1, dim2=2).unsqueeze(1)
-    return Recursion(feedback.mT @ target, feedback)
+def _curvature(upper: Tensor) -> Tensor:
+    """Return U_tt², (groups, N, 1)."""
+    return upper.diagonal(dim1=1, dim2=2).square().unsqueeze(2)
 
 
 @dataclass(frozen=True)
