@@ -20,7 +20,7 @@ Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
 CHUNK_ROWS = 1024
 BLOCK_ROWS = 2048  # gathered at a time
-BLOCK_SAMPLES = 64  # that the published method gathers at a time at most: its sums and codes stay what they were
+BLOCK_SAMPLES = 64  # gathered at a time at most, where rows are not gathered across parts
 STRIP = 144  # narrower products waste more than the symmetry of A saves
 
 
@@ -229,8 +229,8 @@ class Rows:
         positions: (samples, draws), the patches to take of each sample.
         first_sample: Index of the first of these samples in the whole calibration set.
         held_out: (samples,) bool, the samples that the layer is not solved on, but tried; None for none.
-        block_samples: Samples gathered at a time at most, across parts, where a sample has few rows: a product of few
-            rows costs less than adding it to N² sums does.
+        together: Samples gathered at a time at most, across parts, where a sample has few rows: a product of few rows
+            costs less than adding it to N² sums does. None gathers at most BLOCK_SAMPLES, within each part.
     """
 
     patches: Patches
@@ -238,7 +238,7 @@ class Rows:
     positions: Tensor
     first_sample: int
     held_out: Tensor | None = None
-    block_samples: int = BLOCK_SAMPLES
+    together: int | None = None
 
     def collect(self, cross: Sequence[bool]) -> list[Gram]:
         """Gather the Gram matrices over the rows that are not held out, summed over all processes.
@@ -348,7 +348,7 @@ class Rows:
             The pieces of each block: the part, the samples in it, and the same samples in all parts.
         """
         length = 2 ** max(0, (BLOCK_ROWS // self.positions.shape[1]).bit_length() - 1)
-        length = min(length, self.block_samples)
+        length = min(length, self.together or BLOCK_SAMPLES)
         pieces: list[tuple[int, slice, slice]] = []
         before = 0
         for number, part in enumerate(self.parts):
@@ -356,7 +356,7 @@ class Rows:
             cuts = [0, *range(length - (self.first_sample + before) % length, size, length), size]
             for start, stop in pairwise(cuts):
                 pieces.append((number, slice(start, stop), slice(before + start, before + stop)))
-                if (self.first_sample + before + stop) % length == 0:
+                if (self.first_sample + before + stop) % length == 0 or (stop == size and not self.together):
                     yield pieces
                     pieces = []
             before += size

@@ -20,7 +20,7 @@ from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.comparison import holds_first
 from kdq_lightning.quantization.draws import draw_positions, draw_uniform
 from kdq_lightning.quantization.forwards import PARTS, Forwards, part_images, share_tensors
-from kdq_lightning.quantization.gram import BLOCK_SAMPLES, Gram, Layer, Patches, Rows, columns, layers_of
+from kdq_lightning.quantization.gram import Gram, Layer, Patches, Rows, columns, layers_of
 from kdq_lightning.quantization.layer_choice import (
     ROWS_PER_COLUMN,
     is_held_out,
@@ -261,7 +261,8 @@ def choose_rows(
     few = calibration.total < FEW_IMAGES or total * draws < ROWS_PER_COLUMN * patches.columns
     if recipe.may_fall_back and few and calibration.total > 1:
         held_out = is_held_out(numbers // per_image, calibration.total).to(inputs.device)
-    together = BLOCK_SAMPLES if recipe.official else 1 << max(0, (total // PARTS).bit_length() - 1)
+    # The published method's sums, and so its codes, stay what they have always been.
+    together = None if recipe.official else 1 << max(0, (total // PARTS).bit_length() - 1)
     return Rows(patches, parts, chosen.to(inputs.device), first, held_out, together)
 
 
