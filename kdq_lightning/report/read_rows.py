@@ -94,7 +94,7 @@ def _newest(measurements: Iterable[Measurement], notes: list[str]) -> list[Measu
     replaced: dict[tuple[Path, Path], Record] = {}
     for m in measurements:
         r = m.record
-        key = (r.dataset, r.strategy, r.network, r.peer, r.seed, r.config_hash, *identity(r))
+        key = (r.dataset, r.strategy, r.network, r.peer, r.seed, r.config_hash, method_of(r), identity(r).bits)
         if key in kept and _figures(kept[key].record) != _figures(r):
             replaced[kept[key].folder, m.folder] = r
         kept[key] = m
@@ -139,7 +139,8 @@ def _is_same_recovery(group: list[Measurement], other: list[Measurement]) -> boo
 
     if group[0].record.strategy != "recover" or settings(group) != settings(other):
         return False
-    return not {identity(m.record)[1:] for m in group} & {identity(m.record)[1:] for m in other}
+    sizes = [{(method_of(m.record), identity(m.record).bits) for m in members} for members in (group, other)]
+    return sizes[0].isdisjoint(sizes[1])
 
 
 def _network(group: list[Measurement]) -> str:
