@@ -15,7 +15,8 @@ from kdq_lightning.data.datamodules import CIFARDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import Quantized, quantize
-from kdq_lightning.runs.checkpoints import Description, load_state, load_trained
+from kdq_lightning.runs.checkpoints import load_trained
+from kdq_lightning.runs.trained_network import Description, load_state
 from tests.conftest import FEW_STEPS, config
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)

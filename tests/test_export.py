@@ -16,7 +16,8 @@ from kdq_lightning.commands import export, onnx_export
 from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import Quantized, quantize
-from kdq_lightning.runs.checkpoints import Description, load_trained, packed_metadata
+from kdq_lightning.runs.checkpoints import load_trained
+from kdq_lightning.runs.trained_network import Description, packed_metadata
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
 IMAGES = torch.randn(4, 3, 20, 20, generator=torch.Generator().manual_seed(1))
@@ -108,7 +109,7 @@ def test_what_is_refused(packed: str, capsys: pytest.CaptureFixture[str]):
     content = Path(packed).read_bytes()
     Path("cut.safetensors").write_bytes(content[:3000])
     Path("damaged.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    Path("folder").mkdir()
+    Path("folder.pth").mkdir()
     before = sorted(Path().rglob("*"))
     for arguments, sentence in (
         (["nothing.safetensors", "--to=state_dict", "--out=x"], "nothing.safetensors does not exist"),
@@ -118,9 +119,10 @@ def test_what_is_refused(packed: str, capsys: pytest.CaptureFixture[str]):
         ([packed, "--to=state_dict", "--weights=planes", "--out=x"], "--weights belongs to --to onnx"),
         ([packed, "--to=onnx", "--weights=int", "--out=x"], "'int' (choose from 'planes', 'qdq', 'float')"),
         ([packed, "--to=state_dict"], "required: out"),
+        ([packed, "--to=state_dict", "--out=x.onnx"], "writes .safetensors or .pth, not .onnx"),
         ([packed, "--to=state_dict", f"--out=./{packed}"], "is the file that is exported"),
-        ([packed, "--to=state_dict", "--out=folder"], "folder could not be written"),
-        ([packed, "--to=state_dict", f"--out={packed}/x"], "could not be written"),
+        ([packed, "--to=state_dict", "--out=folder.pth"], "folder.pth could not be written"),
+        ([packed, "--to=state_dict", f"--out={packed}/x.pth"], "could not be written"),
     ):
         try:
             code = main(["export", *arguments])

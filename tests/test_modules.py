@@ -58,7 +58,7 @@ def student(kind: type[Distillation], epoch: int = 0, step: int = 0, **arguments
     module = kind(teacher="unused", **SMALL, **arguments)
     module.statistics = STATISTICS
     module.teacher = RecordingTeacher(build_network("resnet14", 10), STATISTICS, "resnet14")
-    data = SimpleNamespace(seed=3)
+    data = SimpleNamespace(seed=3, image_shape=(3, 16, 16))
     loops = {"fit_loop": None, "world_size": 1, "max_epochs": 24, "current_epoch": epoch, "global_step": step}
     module._trainer = SimpleNamespace(datamodule=data, **loops)
     return module
@@ -161,12 +161,14 @@ def test_hints_of_shrunk_images_are_averaged():
 
 def test_hint_learning_rates():
     """Before the second stage the rest stands still; each stage has its own warm-up and ends at 0."""
-    (_, half), (rest_modules, rest), (_, regressor) = hinted(step=0).cycles(100, warmup=0.25)
+    module = hinted(step=0)
+    (_, half), ([rest_parameters], rest), (_, regressor) = module.cycles(100, warmup=0.25)
     assert [rest(step) for step in (0, 10, 19)] == [0, 0, 0]
     assert half(4) == pytest.approx(5 / 6) and half(19) == pytest.approx(1 / 15)
     assert half(20) == rest(20) == pytest.approx(1 / 21) and half(39) == rest(39) == pytest.approx(20 / 21)
     assert regressor(20) == 0 and half(100) == 0
-    assert len(rest_modules) == 2
+    wanted = {*module.network.layer3.parameters(), *module.network.linear.parameters()}
+    assert set(rest_parameters.parameters()) == wanted
 
 
 def test_one_cycle_is_linear():
@@ -208,7 +210,7 @@ def test_weight_decay_spares_batchnorm_and_biases():
 
 
 @pytest.mark.parametrize("kind", [VanillaKD, MixupKD, DecoupledKD, HintKD])
-def test_teacher_rests(kind: type[Distillation], teacher_run: Path, workspace: Path):
+def test_teacher_rests(kind: type[Distillation], teacher_run: Path, images: Path, workspace: Path):
     """After a fit the teacher is in eval mode, not one of its tensors has changed, and no key of it was saved."""
     module = kind(teacher=str(teacher_run), **SMALL)
     trainer = Trainer(
@@ -216,7 +218,7 @@ def test_teacher_rests(kind: type[Distillation], teacher_run: Path, workspace: P
         enable_checkpointing=False,
     )  # fmt: skip
     before = next(iter(load_trained(teacher_run).values())).state
-    trainer.fit(module, DigitsDataModule(batch_size=32))
+    trainer.fit(module, CIFARDataModule(root=images, val_size=0.2, batch_size=16))
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0, "the schedule moves per step, and ends at 0"
     network = module.teacher.network
     assert not any(part.training for part in network.modules())
@@ -242,7 +244,7 @@ def test_teacher_sees_its_own_statistics():
     with torch.no_grad():
         expected = module.teacher.network(inputs)
     torch.testing.assert_close(module.cached_teacher_logits(VIEW), expected, rtol=1e-4, atol=1e-4)
-    features = module.teacher.features(VIEW.images)
+    features = module.teacher.features(VIEW.images, "layer2")
     torch.testing.assert_close(features, stage2_features(module.teacher.network, inputs), rtol=1e-4, atol=1e-4)
 
 

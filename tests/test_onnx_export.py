@@ -18,7 +18,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import quantize
 from kdq_lightning.quantization.codebooks import CODEBOOKS, QuantizedWeight, grid
-from kdq_lightning.runs.checkpoints import packed_metadata
+from kdq_lightning.runs.trained_network import packed_metadata
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -24,7 +24,7 @@ from kdq_lightning.commands.onnx_export import onnx_bytes, onnx_session, silence
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import Quantized, load_packed, quantize
-from kdq_lightning.runs.checkpoints import state_dict_bytes
+from kdq_lightning.runs.trained_network import state_dict_bytes
 
 HONEST = (
     "A packed file saves storage, not arithmetic: its weights are dequantized and multiplied in float32."

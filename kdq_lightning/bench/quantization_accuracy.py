@@ -19,7 +19,7 @@ from kdq_lightning.evaluation import Split, evaluate
 from kdq_lightning.quantization import Quantized, quantize
 from kdq_lightning.quantization.methods import DEFAULT_METHOD, METHODS
 from kdq_lightning.quantization.packing import save_packed
-from kdq_lightning.runs.checkpoints import state_dict_bytes
+from kdq_lightning.runs.trained_network import state_dict_bytes
 
 BATCH = 256  # calibration images
 

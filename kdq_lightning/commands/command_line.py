@@ -31,6 +31,7 @@ from kdq_lightning.runs.config_hash import config_hash, version_hash
 from kdq_lightning.runs.versions import is_finished, is_version, mark_finished
 from kdq_lightning.training.callbacks import NameDeadRank, RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.training.dashboard import Dashboard
+from kdq_lightning.training.header import Header
 from kdq_lightning.training.lightning_internals import WithoutRunning
 from kdq_lightning.training.post_training import PostTrainingQuantization
 from kdq_lightning.training.trainer import Trainer
@@ -118,7 +119,7 @@ class CommandLine(LightningCLI):
         if self.subcommand in ("fit", "quantize"):
             self.quantization.config_hash = self.hash_config()
         given = settings.trainer.get("callbacks") or []
-        callbacks = [*(given if isinstance(given, list) else [given]), NameDeadRank()]
+        callbacks = [*(given if isinstance(given, list) else [given]), NameDeadRank(), Header()]
         if settings.trainer.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(refresh_rate=20))
         keeps_checkpoints = settings.trainer.get("enable_checkpointing") is not False

@@ -1,6 +1,7 @@
 """`kdq export`: write a trained or packed network as a file that other tools read."""
 
 import io
+import json
 from pathlib import Path
 
 import torch
@@ -11,13 +12,12 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization.packing import is_packed, read_weights
-from kdq_lightning.runs.checkpoints import (
-    TrainedNetwork,
-    add_network_arguments,
-    load_network,
-    packed_metadata,
-    state_dict_bytes,
-)
+from kdq_lightning.runs.checkpoints import add_network_arguments, load_network
+from kdq_lightning.runs.class_names import shorten_names
+from kdq_lightning.runs.state_dicts import METADATA_KEY
+from kdq_lightning.runs.trained_network import TrainedNetwork, state_dict_bytes
+
+IMAGE_SHAPE = (3, 32, 32)  # of files that don't say what images their network was trained on
 
 
 def main(args: list[str]) -> int:
@@ -43,17 +43,27 @@ def main(args: list[str]) -> int:
         raise UserError(f"--weights belongs to --to onnx, and --to {options.to} writes float32: leave it out")
     if options.to == "onnx":
         content, remark = to_onnx(trained, options.weights)
+    elif options.to == "state_dict":
+        content, remark = to_state_dict(trained, options.out.suffix)
     else:
-        content, remark = to_state_dict(trained) if options.to == "state_dict" else to_torch_export(trained)
+        content, remark = to_torch_export(trained)
     write_atomically(options.out, content)
-    print(f"{options.out}: {trained.network}, {trained.num_classes} classes, {len(content) / 1e6:.2f} MB; {remark}")
+    print(f"{options.out}: {_describe(trained)}, {len(content) / 1e6:.2f} MB; {remark}")
     mean, std = map(list, trained.statistics)
     print(f"inputs: RGB images in [0, 1], minus {mean}, divided by {std}")
     return 0
 
 
-def to_state_dict(trained: TrainedNetwork) -> tuple[bytes, str]:
-    """Return a plain float32 safetensors state dict, and a remark for the user.
+def _describe(trained: TrainedNetwork) -> str:
+    """Return what is exported: network, parameters, data and classes."""
+    parameters = sum(value.numel() for value in trained.state.values() if value.is_floating_point())
+    names = f" ({shorten_names(trained.class_names)})" if trained.class_names else ""
+    data = f"{trained.dataset}, " if trained.dataset else ""
+    return f"{trained.network}, {parameters:,} numbers, {data}{trained.num_classes} classes{names}"
+
+
+def to_state_dict(trained: TrainedNetwork, suffix: str) -> tuple[bytes, str]:
+    """Return a plain float32 state dict, and a remark for the user.
 
     Layers that gained a bias by moment matching hold it under the plain key, such as `conv1.bias`. `load_trained` makes
     room for them; elsewhere, where the network's layers are built without:
@@ -63,12 +73,29 @@ def to_state_dict(trained: TrainedNetwork) -> tuple[bytes, str]:
             if f"{name}.bias" in state and layer.bias is None:
                 layer.bias = nn.Parameter(torch.zeros(len(layer.weight)))
         network.load_state_dict(state)
+
+    What the network was trained on, its classes among it, lies beside the tensors: as metadata of a `.safetensors`
+    file, as an attribute of a `.pth` file's dictionary.
+
+    Args:
+        trained: The network.
+        suffix: Of the file, `.safetensors` or `.pth`.
+
+    Raises:
+        UserError: If the suffix is another one.
     """
+    if suffix not in (".safetensors", ".pth"):
+        raise UserError(f"--to state_dict writes .safetensors or .pth, not {suffix or 'a file without suffix'}")
     network = trained.build()
-    own = build_network(trained.network, trained.num_classes).state_dict()
+    own = build_network(trained.network, trained.num_classes, trained.network_args).state_dict()
     gained = [name for name in network.state_dict() if name not in own]
     remark = f"{len(gained)} biases gained by quantization, such as {gained[0]}" if gained else "float32"
-    return state_dict_bytes(network), remark
+    if suffix == ".safetensors":
+        return state_dict_bytes(network, trained.metadata()), remark
+    content, state = io.BytesIO(), network.state_dict()
+    setattr(state, METADATA_KEY, json.dumps(trained.metadata()))  # an ordered dictionary, which keeps it
+    torch.save(state, content)
+    return content.getvalue(), remark
 
 
 def to_onnx(trained: TrainedNetwork, kind: str | None) -> tuple[bytes, str]:
@@ -87,10 +114,10 @@ def to_onnx(trained: TrainedNetwork, kind: str | None) -> tuple[bytes, str]:
     if kind != "float" and not weights:
         raise UserError(f"{trained.path} has no quantized weights: give a packed file, or --weights float")
     network = trained.build()
-    metadata = packed_metadata(trained.network, trained.num_classes, trained.statistics)
-    content = onnx_bytes(network, weights, metadata, kind)
+    image_size = trained.image_shape or IMAGE_SHAPE
+    content = onnx_bytes(network, weights, trained.metadata(), kind, image_size)
     tolerance = 1e-6 if kind == "qdq" else 0.0
-    difference = check_onnx(content, network, weights, weight_tolerance=tolerance)
+    difference = check_onnx(content, network, weights, image_size, weight_tolerance=tolerance)
     remark = f"weights as {KINDS[kind]}; largest difference to torch {difference:.1e}"
     if weights:
         remark += f"; the packed file has {trained.path.stat().st_size / 1e6:.3f} MB"
@@ -103,12 +130,14 @@ def to_onnx(trained: TrainedNetwork, kind: str | None) -> tuple[bytes, str]:
 def to_torch_export(trained: TrainedNetwork) -> tuple[bytes, str]:
     """Return a `torch.export` program of the dequantized network, which loads without this package; and a remark.
 
-    `torch.export.load(path).module()` maps images (batch, 3, h, w) of the size that was exported to logits.
+    `torch.export.load(path).module()` maps images (batch, channels, h, w) of the size that the network was trained on
+    to logits; what it was trained on is the file's `metadata.json` (`torch.export.load(path, extra_files={...})`).
 
     Raises:
         UserError: If torch can't export the network.
     """
-    network, example = trained.build(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    network, shape = trained.build(), trained.image_shape or IMAGE_SHAPE
+    example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     try:
         with silence():
             program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
@@ -116,11 +145,11 @@ def to_torch_export(trained: TrainedNetwork) -> tuple[bytes, str]:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"torch.export can't take {trained.network} ({reason[:200]}): use --to state_dict") from error
     content = io.BytesIO()
-    torch.export.save(program, content)
+    torch.export.save(program, content, extra_files={"metadata.json": json.dumps(trained.metadata())})
     content.seek(0)
     loaded = torch.export.load(content).module()
     for batch in (1, 2, 5):
-        images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+        images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
         if not torch.allclose(loaded(images), network(images), rtol=1e-4, atol=1e-5):
             raise UserError("the exported program computes other logits than the network: nothing was written")
     return content.getvalue(), "float32; read it with torch.export.load(path).module()"

@@ -64,7 +64,7 @@ def normalize(images: Tensor, statistics: Statistics) -> Tensor:
 @cache
 def _byte_range(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(255.0, device=device)
+        return torch.tensor(255.0, dtype=torch.float32, device=device)
 
 
 @cache

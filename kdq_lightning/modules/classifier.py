@@ -8,7 +8,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from kdq_lightning.data.augmentation import View
-from kdq_lightning.data.normalization import Channels
+from kdq_lightning.data.base import ImageDataModule
+from kdq_lightning.data.normalization import Channels, Statistics
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import cross_entropy
 from kdq_lightning.modules.evaluated import EvaluatedModule
@@ -18,17 +19,11 @@ from kdq_lightning.modules.scores import Scores
 from kdq_lightning.modules.strategy_names import check_strategy
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.training_epoch import TrainingEpoch
-from kdq_lightning.networks import build_network
+from kdq_lightning.networks import NETWORKS, build_network, check_images, pretrained_state
 from kdq_lightning.quantization.codebooks import QuantizedWeight
-from kdq_lightning.runs.checkpoints import (
-    Description,
-    TrainedNetwork,
-    checkpoint_statistics,
-    grow_biases,
-    load_state,
-    load_trained,
-    network_state,
-)
+from kdq_lightning.runs.checkpoints import checkpoint_statistics, load_trained, network_state
+from kdq_lightning.runs.class_names import shorten_names
+from kdq_lightning.runs.trained_network import Description, TrainedNetwork, grow_biases, load_state
 
 PRINTED = ("train/loss", "train/top1", "val/loss", "val/top1", "val/agreement", "train/images_per_second")
 
@@ -67,23 +62,29 @@ class Classifier(EvaluatedModule):
         strategy: str = "control",
         optimizer: Literal["muon"] | None = None,
         kernel_learning_rate: float | None = None,
+        network_args: dict[str, Any] | None = None,
+        pretrained: bool | None = None,
     ) -> None:
         """Build the network.
 
         Args:
-            network: Its name in `networks.NETWORKS`.
+            network: A name of `kdq list networks`, such as `resnet18` or `torchvision/mobilenet_v3_small`, or the
+                import path of anything that is called with `num_classes`, such as `my_package.nets.build`.
             num_classes: Number of classes; the command line takes it from the data.
             learning_rate: Peak of the schedule, taken as it is, for the batch size of the config.
             weight_decay: L2 penalty on matrices and kernels; BatchNorm and biases have none.
             warmup: Share of the steps in which the learning rate rises linearly; it falls linearly to 0 after them.
-            weights: Trained weights to start from: a run folder, a checkpoint, a packed file, or a plain
-                `.safetensors` state dict.
+            weights: Trained weights to start from: a run folder, a checkpoint, a packed file, or a plain state dict
+                (`.safetensors`, `.pth`, `.pt`, `.pth.tar`, `.bin`).
             weights_mean: Channel means of the inputs that a plain state dict was trained on.
             weights_std: Their channel deviations.
             strategy: What records call this run; any name will do.
             optimizer: None is SGD; `muon` trains the convolutions' kernels, all but the stem's, by `muon.Muon`.
             kernel_learning_rate: Muon's rate of these kernels, 0.2 if not given, which falls linearly to 0 from the
                 start; `learning_rate` is that of all other parameters.
+            network_args: Further arguments of the network.
+            pretrained: Whether to start from the weights that torchvision or timm publish; the last layer is a fresh
+                one where they have another number of classes. The network then expects the statistics that they do.
 
         Raises:
             UserError: If the network is unknown, a number is out of range, or the class is no strategy of its own.
@@ -102,8 +103,15 @@ class Classifier(EvaluatedModule):
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.optimizer = optimizer
         self.weights = weights
-        self.weights_description = Description(network, weights_mean, weights_std, _WEIGHTS_FLAGS)
+        self.network_args, self.pretrained = dict(network_args or {}), bool(pretrained)
+        self.notes: list[str] = []  # what the command says of the files that it has read
+        self.origin: list[str] = []  # where the weights come from, in two lines
+        self.validation_scores = {}
         self._build_networks()
+        names = tuple(self.network_names().values())
+        self.weights_description = Description(
+            network, weights_mean, weights_std, _WEIGHTS_FLAGS, self.network_args, others=names
+        )
         for module in self.networks().values():
             module.to(memory_format=torch.channels_last)
         self.scores = Scores(self.networks())
@@ -123,14 +131,14 @@ class Classifier(EvaluatedModule):
         return cls(**{name: value for name, value in options.items() if name != "weights"})
 
     def _build_networks(self) -> None:
-        self.network = build_network(self.network_name, self.num_classes)
+        self.network = build_network(self.network_name, self.num_classes, self.network_args)
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the trained networks by the names that records, packed files and dashboards use."""
         return {self.network_name: self.network}
 
     def network_names(self) -> dict[str, str]:
-        """Return the name in `networks.NETWORKS` of each of `networks()`."""
+        """Return the name that each of `networks()` was built by."""
         return {self.network_name: self.network_name}
 
     def packed_weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, QuantizedWeight]:
@@ -162,8 +170,47 @@ class Classifier(EvaluatedModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None and self.statistics is None:
             self.statistics = data.statistics
+        if isinstance(data, ImageDataModule):
+            self._check_images(data.image_shape)
         if self.weights is not None:
             self._load_networks(load_trained(self.weights, self.weights_description))
+        elif self.pretrained and stage == "fit":
+            self._load_pretrained()
+
+    def _check_images(self, image_shape: tuple[int, int, int]) -> None:
+        """Refuse images that a network can't take; the project's own networks take any."""
+        for key, name in self.network_names().items():
+            if name not in NETWORKS:
+                check_images(name, self.networks()[key], image_shape, self.num_classes)
+
+    def _load_pretrained(self) -> None:
+        """Load published weights into every network; peers that expect different statistics are refused."""
+        found = set()
+        for key, network in self.networks().items():
+            name = self.network_names()[key]
+            published = pretrained_state(name, network, self.num_classes, self.network_args)
+            network.load_state_dict(published.state)
+            found.add(Statistics(published.mean, published.std))
+            self.notes.append(f"{name} starts from published weights, and takes their statistics, not the data's")
+        if len(found) > 1:
+            raise UserError("the peers' published weights expect different statistics of their inputs: train from none")
+        self.statistics = found.pop()
+
+    def for_data(self, trained: TrainedNetwork, role: str = "") -> TrainedNetwork:
+        """Return a trained network with its classes in the order of the data's labels; what is to be said is noted.
+
+        Args:
+            trained: With as many classes as the data.
+            role: What the network is, for messages, such as "the teacher ".
+
+        Raises:
+            UserError: If it was trained on other classes.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, ImageDataModule):
+            trained = trained.for_classes(data.class_names, data.dataset, role)
+        self.notes += [note for note in trained.notes if note not in self.notes]
+        return trained
 
     def _load_networks(self, trained: Mapping[str, TrainedNetwork]) -> None:
         if trained.keys() != self.networks().keys():
@@ -174,6 +221,8 @@ class Classifier(EvaluatedModule):
                 raise UserError(f"{source.path} holds a {source.network}, not a {self.network_names()[name]}")
             if source.num_classes != self.num_classes:
                 raise UserError(f"{source.path} has {source.num_classes} classes, the data {self.num_classes}")
+            source = self.for_data(source)
+            self.origin = self.origin or [str(source.path), source.origin()]
             load_state(network, source.state, source.path)
             self.statistics = source.statistics
 
@@ -183,11 +232,21 @@ class Classifier(EvaluatedModule):
         prefixes = {id(module): name for name, module in self.named_modules()}
         checkpoint["networks"] = {
             name: {"network": self.network_names()[name], "prefix": f"{prefixes[id(network)]}."}
+            | ({"network_args": self.network_args} if self.network_args else {})
+            | ({"val_top1": self._validation_accuracy(name)} if self.validation_scores else {})
             for name, network in self.networks().items()
         }
         assert self.statistics is not None, "set by setup"
         checkpoint["data"] = {"num_classes": self.num_classes, **self.statistics._asdict()}
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, ImageDataModule):
+            checkpoint["data"] |= {"dataset": data.dataset, "class_names": list(data.class_names)}
+            checkpoint["data"] |= {"image_shape": data.image_shape}
         checkpoint["plan"] = self.resume_requirements()
+
+    def _validation_accuracy(self, name: str) -> float:
+        """Return the accuracy of a network in the last validation, in percent."""
+        return float(self.validation_scores.get(f"top1/{name}", self.validation_scores["top1"]))
 
     def resume_requirements(self) -> dict[str, str | int | None]:
         """Return what a resumed run must share with the run that it goes on with."""
@@ -197,10 +256,22 @@ class Classifier(EvaluatedModule):
             "seed_everything": getattr(self.trainer.datamodule, "seed", None),  # type: ignore[attr-defined]
             "max_epochs": self.trainer.max_epochs,
             "max_steps": self.trainer.max_steps,
+            "network_args": str(self.network_args) if self.network_args else None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the statistics, and add the biases that weights from a packed file have."""
+        """Restore the statistics, and add the biases that weights from a packed file have.
+
+        Raises:
+            UserError: If the data now have other classes, or the same in another order.
+        """
+        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        names = list(data.class_names) if isinstance(data, ImageDataModule) and hasattr(data, "train_set") else None
+        if names is not None and (then := checkpoint["data"].get("class_names", names)) != names:
+            raise UserError(
+                f"this run began with the classes {shorten_names(then)}, and the data now have {shorten_names(names)}:"
+                " give the same images, or leave out --ckpt_path"
+            )
         self.statistics = checkpoint_statistics(checkpoint)
         for name, network in self.networks().items():
             grow_biases(network, network_state(checkpoint, name))
@@ -253,6 +324,7 @@ class Classifier(EvaluatedModule):
     def training_step(self, batch: View, batch_idx: int) -> Tensor:
         """Return the strategy's loss; its parts are summed on the device and logged once an epoch."""
         losses = self.losses(batch)
+        self.validation_scores = {}
         with torch.no_grad():
             values = {"loss": losses.loss, **losses.parts}
             if losses.logits is not None:

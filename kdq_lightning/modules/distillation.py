@@ -14,7 +14,8 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.modules.logit_cache import KnownLogits, LogitCache
 from kdq_lightning.modules.teacher import Teacher
-from kdq_lightning.runs.checkpoints import Description, load_trained
+from kdq_lightning.runs.checkpoints import load_trained
+from kdq_lightning.runs.trained_network import Description
 
 _TEACHER_FLAGS = (
     "--model.init_args.teacher_network",
@@ -33,24 +34,28 @@ class Distillation(Classifier):
         teacher_mean: Channels | None = None,
         teacher_std: Channels | None = None,
         teacher_cache: str | None = None,
+        teacher_network_args: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Name the teacher; it is loaded when training starts.
 
         Args:
             teacher: A run folder (its newest finished version's best checkpoint), a checkpoint of ours, a packed file,
-                or a plain `.safetensors` state dict. Of a run with several peers, the first one.
+                or a plain state dict. Of a run with several peers, the first one.
             teacher_network: The teacher's network, which a plain state dict doesn't say.
             teacher_mean: Channel means of the inputs that a plain state dict was trained on.
             teacher_std: Their channel deviations.
             teacher_cache: Folder for the teacher's logits on all training views, 2 or 4 bytes a class, image and epoch.
                 Runs that see the same views (vanilla, dkd, hint, recover of one seed) find them there, and ask the
                 teacher for one batch an epoch, to compare.
+            teacher_network_args: Further arguments of the teacher's network, which a plain state dict doesn't say.
             **kwargs: Those of `Classifier`.
         """
         super().__init__(**kwargs)
         self.teacher_source = teacher
-        self.teacher_description = Description(teacher_network, teacher_mean, teacher_std, _TEACHER_FLAGS)
+        self.teacher_description = Description(
+            teacher_network, teacher_mean, teacher_std, _TEACHER_FLAGS, teacher_network_args
+        )
         self.teacher: Teacher | None = None
         self.teacher_cache = teacher_cache
         self._cache: LogitCache | None = None
@@ -82,7 +87,8 @@ class Distillation(Classifier):
                 f"the teacher in {trained.path} has {trained.num_classes} classes, the data {self.num_classes}:"
                 " give --model.init_args.teacher a network trained on this data"
             )
-        return Teacher(trained.build(), trained.statistics, trained.network)
+        trained = self.for_data(trained, role="the teacher ")
+        return Teacher(trained.build(), trained.statistics, trained.network, [str(trained.path), trained.origin()])
 
     def find_teacher(self) -> Teacher | None:
         """Return the teacher; None if it isn't there any more, as a student outlives its teacher's file."""

@@ -13,7 +13,7 @@ from kdq_lightning.losses import mutual_loss
 from kdq_lightning.modules.classifier import Classifier, Losses
 from kdq_lightning.modules.scores import Scores
 from kdq_lightning.networks import build_network
-from kdq_lightning.runs.checkpoints import TrainedNetwork
+from kdq_lightning.runs.trained_network import TrainedNetwork
 
 
 class MutualLearning(Classifier):
@@ -27,7 +27,8 @@ class MutualLearning(Classifier):
         """Build the peers.
 
         Args:
-            networks: Two or more names in `networks.NETWORKS`, one a peer; they may differ.
+            networks: Two or more names as `network` of `Classifier` takes, one a peer; they may differ, but share
+                `network_args`.
             num_classes: Number of classes; the command line takes it from the data.
             strategy: What records call this run.
             **kwargs: Those of `Classifier`.
@@ -41,7 +42,9 @@ class MutualLearning(Classifier):
         super().__init__(network=networks[0], num_classes=num_classes, strategy=strategy, **kwargs)
 
     def _build_networks(self) -> None:
-        self.peers = nn.ModuleList(build_network(name, self.num_classes) for name in self.peer_networks)
+        self.peers = nn.ModuleList(
+            build_network(name, self.num_classes, self.network_args) for name in self.peer_networks
+        )
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the peers as peer0, peer1, ..."""

@@ -1,5 +1,6 @@
 """The half of every module that answers: networks with the statistics of their inputs, validation, test, prediction."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
@@ -18,10 +19,12 @@ class EvaluatedModule(LightningModule):
     Attributes:
         statistics: Those of the inputs that the networks expect; None before `setup`.
         scores: What validation and test count.
+        validation_scores: What the last validation gave, if the weights are still those; otherwise nothing.
     """
 
     statistics: Statistics | None = None
     scores: Scores
+    validation_scores: Mapping[str, float]
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the trained networks by the names that records, packed files and dashboards use."""
@@ -39,7 +42,8 @@ class EvaluatedModule(LightningModule):
             images: (batch, channels, h, w).
         """
         assert self.statistics is not None, "setup or a checkpoint gives the statistics"
-        return normalize(images, self.statistics).contiguous(memory_format=torch.channels_last)
+        inputs = normalize(images, self.statistics).to(self.dtype)  # which the Trainer's precision may have changed
+        return inputs.contiguous(memory_format=torch.channels_last)
 
     @property
     def fitting(self) -> bool:
@@ -71,7 +75,10 @@ class EvaluatedModule(LightningModule):
         self._log_scores("test")
 
     def _log_scores(self, split: str) -> None:
-        logs = {f"{split}/{key}": value for key, value in self.scores.compute_and_reset().items()}
+        scores = self.scores.compute_and_reset()
+        if split == "val":
+            self.validation_scores = scores
+        logs = {f"{split}/{key}": value for key, value in scores.items()}
         self.log_dict(logs | ({"step": float(self.global_step)} if self.fitting else {}))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:

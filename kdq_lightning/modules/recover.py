@@ -1,6 +1,5 @@
 """Recovery after quantization: the codes stay, and scales, biases and BatchNorm are trained by distillation."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kdq_lightning.data.augmentation import View
-from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.files import file_digest
 from kdq_lightning.losses import kd_loss
@@ -20,10 +18,13 @@ from kdq_lightning.modules.distillation import Distillation
 from kdq_lightning.modules.schedule import Cycle, one_cycle
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.vanilla import VanillaKD
+from kdq_lightning.networks import class_dimensions
 from kdq_lightning.quantization.codebooks import QuantizedWeight
+from kdq_lightning.quantization.gram import weight_name
 from kdq_lightning.quantization.methods import DEFAULT_METHOD
-from kdq_lightning.quantization.packing import load_packed, read_metadata, read_weights
-from kdq_lightning.runs.checkpoints import find_packed
+from kdq_lightning.quantization.packing import read_metadata, read_weights
+from kdq_lightning.runs.checkpoints import find_packed, load_trained
+from kdq_lightning.runs.trained_network import load_state
 
 
 class Recover(Distillation):
@@ -85,9 +86,13 @@ class Recover(Distillation):
                 f"{path} holds a {network} with {classes} classes, not a {self.network_name} with {self.num_classes}:"
                 " give --model.init_args.network its name, or another file"
             )
-        load_packed(path, self.network)
-        self.statistics = Statistics(*(tuple(json.loads(metadata[name])) for name in ("mean", "std")))
-        self._weights, self._digest = read_weights(path), file_digest(path)
+        (trained,) = load_trained(path, self.weights_description).values()
+        ordered, weights = self.for_data(trained), read_weights(path)
+        if ordered.class_names != trained.class_names:
+            weights = self._reordered(weights, [trained.class_names.index(name) for name in ordered.class_names])
+        load_state(self.network, ordered.state, path)
+        self.statistics = ordered.statistics
+        self._weights, self._digest = weights, file_digest(path)
         for i, weight in enumerate(self._weights.values()):
             self.gains.append(nn.Parameter(torch.ones_like(weight.scale)))
             self.register_buffer(f"levels{i}", weight.grid[weight.codes.long()], persistent=False)
@@ -95,6 +100,28 @@ class Recover(Distillation):
         for parameter in self.network.parameters():
             parameter.requires_grad_(parameter.ndim == 1)
         self.network.eval()  # Lightning leaves the mode of modules as it finds it
+
+    def _reordered(self, weights: dict[str, QuantizedWeight], places: list[int]) -> dict[str, QuantizedWeight]:
+        """Return quantized weights with those of the last layer in the order of the data's classes.
+
+        Args:
+            weights: By layer.
+            places: The present row of each class.
+        """
+        layers = [
+            name
+            for name in weights
+            if class_dimensions(self.network_name, self.network_args).get(weight_name(name)) == 0
+        ]
+        moved = {
+            name: replace(
+                weights[name],
+                codes=weights[name].codes[places],
+                scale=weights[name].scale if weights[name].scale.numel() == 1 else weights[name].scale[places],
+            )
+            for name in layers
+        }
+        return weights | moved
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the digest of the packed file, whose codes these scales belong to, into the checkpoint."""

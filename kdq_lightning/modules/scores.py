@@ -16,7 +16,8 @@ class Scores(nn.Module):
     def __init__(self, names: Iterable[str]) -> None:
         """Name the networks."""
         super().__init__()
-        self.evaluators = nn.ModuleDict({name: Evaluator() for name in names})
+        self.names = list(names)
+        self.evaluators = nn.ModuleList(Evaluator() for _ in self.names)
 
     def update(self, logits: Mapping[str, Tensor], labels: Tensor, index: Tensor) -> None:
         """Add a batch, which may be empty: a rank's last one.
@@ -27,7 +28,7 @@ class Scores(nn.Module):
             index: int64, (batch,), place of each image in the split.
         """
         for name, values in logits.items():
-            self.evaluators[name].update(values, labels, index)  # type: ignore[operator]
+            self.evaluators[self.names.index(name)].update(values, labels, index)  # type: ignore[operator]
 
     def compute_and_reset(self) -> dict[str, float]:
         """Return the scores over all ranks' images, and start afresh.
@@ -37,7 +38,7 @@ class Scores(nn.Module):
             percentages of each, as `top1/<name>` and so on.
         """
         evaluations: dict[str, Evaluation] = {}
-        for name, evaluator in self.evaluators.items():
+        for name, evaluator in zip(self.names, self.evaluators, strict=True):
             evaluations[name] = evaluator.evaluation()  # type: ignore[operator]
             evaluator.reset()  # type: ignore[operator]
         scores = {

@@ -2,117 +2,24 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdq_lightning.data.normalization import Channels, Statistics
 from kdq_lightning.errors import UserError
-from kdq_lightning.networks import build_network, count_classes, find_network
+from kdq_lightning.networks import count_classes, find_network, state_shapes
 from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.quantization.packing import is_packed, unpack
 from kdq_lightning.runs.records import identity, packed_path, read_records
+from kdq_lightning.runs.state_dicts import read_plain_file, read_torch_file, strip_prefixes
+from kdq_lightning.runs.trained_network import Description, TrainedNetwork, trained_on
 from kdq_lightning.runs.versions import newest_finished
 
-
-@dataclass(frozen=True)
-class Description:
-    """What a user says of a plain state dict, which says nothing of itself.
-
-    Attributes:
-        network: Name of its network.
-        mean: Channel means of the network's inputs.
-        std: Channel deviations of the network's inputs.
-        flags: What the command line calls these three, for messages.
-    """
-
-    network: str | None = None
-    mean: Channels | None = None
-    std: Channels | None = None
-    flags: tuple[str, str, str] = ("--network", "--mean", "--std")
-
-
-@dataclass(frozen=True)
-class TrainedNetwork:
-    """A network's name, what it was trained on and its weights.
-
-    Attributes:
-        network: Its name in `networks.NETWORKS`.
-        num_classes: Width of its last layer.
-        statistics: Those of the inputs that it expects.
-        state: Its state dict; it may hold biases that layers gained by quantization (see `grow_biases`).
-        path: The file that it was read from.
-    """
-
-    network: str
-    num_classes: int
-    statistics: Statistics
-    state: dict[str, Tensor]
-    path: Path
-
-    def build(self) -> nn.Module:
-        """Return the network with its weights, in float32 and eval mode.
-
-        Raises:
-            UserError: If the weights don't fit the network that the file names.
-        """
-        module = build_network(self.network, self.num_classes)
-        load_state(module, self.state, self.path)
-        return module.eval()
-
-
-def packed_metadata(network: str, num_classes: int, statistics: Statistics, **more: str) -> dict[str, str]:
-    """Return the metadata of a packed file, which say all that is needed to use its network.
-
-    Args:
-        network: Its name in `networks.NETWORKS`.
-        num_classes: Width of its last layer; a decimal number in the file.
-        statistics: Those of its inputs; two JSON lists, `mean` and `std`, in the file.
-        **more: Further metadata.
-    """
-    return {
-        "network": network,
-        "num_classes": str(num_classes),
-        "mean": json.dumps(statistics.mean),
-        "std": json.dumps(statistics.std),
-        **more,
-    }
-
-
-def state_dict_bytes(network: nn.Module) -> bytes:
-    """Return a network's state dict as a safetensors file."""
-    return save({key: value.cpu().contiguous() for key, value in network.state_dict().items()})
-
-
-def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load weights into a network; only BatchNorm's step counters may be missing.
-
-    Raises:
-        UserError: If a key is missing or unexpected, or a shape differs.
-    """
-    grow_biases(module, state)
-    own = module.state_dict()
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    for problem, keys in (("lacks", missing), ("has the unknown", unexpected), ("has another shape for", shapes)):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise UserError(f"{path} does not fit the network: it {problem} {keys[0]}{more}; is it another network's?")
-    module.load_state_dict({**own, **state})
-
-
-def grow_biases(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Add a bias of zeros to each layer that has none and gets one from `state`: moment matching adds biases."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is None and f"{name}.bias" in state:
-            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+_NOTHING_SAID = Description()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -121,14 +28,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If the file is truncated, or not a checkpoint of this project.
     """
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:120]
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); it is truncated or foreign") from error
-    if not isinstance(checkpoint, dict) or not {"networks", "data", "state_dict"} <= checkpoint.keys():
+    checkpoint = read_torch_file(path)
+    if not is_our_checkpoint(checkpoint):
         raise UserError(f"{path} is not a checkpoint of kdq: it names no networks and no data")
     return checkpoint
+
+
+def is_our_checkpoint(content: object) -> TypeGuard[dict[str, Any]]:
+    """Return whether what a file holds is a checkpoint of this project."""
+    return isinstance(content, dict) and {"networks", "data", "state_dict"} <= content.keys()
 
 
 def network_state(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
@@ -146,12 +54,12 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         UserError: If there is nothing at the path, or no finished version in it.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():
         hint = "" if path.suffix else f" (a run folder comes from `kdq fit --config configs/{path.name}.yaml`)"
-        raise UserError(f"{path} does not exist: give a run folder, a checkpoint or a .safetensors file{hint}")
+        raise UserError(f"{path} does not exist: give a run folder, a checkpoint or a state dict{hint}")
     if (path / "checkpoints").is_dir():
         return _best_of(path)
     finished = newest_finished(path)
@@ -181,7 +89,7 @@ def find_packed(path: str | Path, bits: int | None, method: str = DEFAULT_METHOD
     Raises:
         UserError: If there is none.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_dir():
         return path
     if bits is None:
@@ -194,31 +102,25 @@ def find_packed(path: str | Path, bits: int | None, method: str = DEFAULT_METHOD
     raise UserError(f"{path} has no finished version with a packed file of {bits} bits{made_by}: quantize it first")
 
 
-def load_trained(path: str | Path, described: Description = Description()) -> dict[str, TrainedNetwork]:
+def load_trained(path: str | Path, described: Description = _NOTHING_SAID) -> dict[str, TrainedNetwork]:
     """Read the trained networks that a path stands for, by name (`peer0`, ... for mutual learning, else the network's).
 
     Args:
-        path: A run folder, a checkpoint of ours, a packed file, or a plain `.safetensors` state dict.
+        path: A run folder, a checkpoint of ours, a packed file, or a plain state dict.
         described: What is known of the network; what a file says of itself comes before this.
 
     Raises:
-        UserError: If nothing is there, it can't be read, or it says too little of itself.
+        UserError: If nothing is there, it can't be read, it says too little of itself, or it names code to import.
     """
     file = find_checkpoint(path)
-    if file.suffix == ".safetensors" or is_packed(file):
-        trained = _from_safetensors(file, described)
+    if is_packed(file):
+        trained = _from_packed(file, described)
         return {trained.network: trained}
-    checkpoint = read_checkpoint(file)
-    return {
-        name: TrainedNetwork(
-            entry["network"],
-            checkpoint["data"]["num_classes"],
-            checkpoint_statistics(checkpoint),
-            network_state(checkpoint, name),
-            file,
-        )
-        for name, entry in checkpoint["networks"].items()
-    }
+    content = None if file.suffix == ".safetensors" else read_torch_file(file)
+    if is_our_checkpoint(content):
+        return _from_checkpoint(file, content, described)
+    trained = _from_plain(file, content, described)
+    return {trained.network: trained}
 
 
 def checkpoint_statistics(checkpoint: Mapping[str, Any]) -> Statistics:
@@ -226,8 +128,56 @@ def checkpoint_statistics(checkpoint: Mapping[str, Any]) -> Statistics:
     return Statistics(checkpoint["data"]["mean"], checkpoint["data"]["std"])
 
 
-def _from_safetensors(file: Path, described: Description) -> TrainedNetwork:
-    state, metadata = unpack(file) if is_packed(file) else (_read_state_dict(file), {})
+def _from_checkpoint(file: Path, content: dict[str, Any], described: Description) -> dict[str, TrainedNetwork]:
+    data, found = content["data"], {}
+    for name, entry in content["networks"].items():
+        network_args = dict(entry.get("network_args") or {})
+        described.check_may_build(file, entry["network"], network_args)
+        found[name] = TrainedNetwork(
+            entry["network"],
+            data["num_classes"],
+            checkpoint_statistics(content),
+            network_state(content, name),
+            file,
+            network_args=network_args,
+            dataset=data.get("dataset", ""),
+            class_names=tuple(data.get("class_names", ())),
+            image_shape=data.get("image_shape"),
+            val_top1=entry.get("val_top1"),
+        )
+    return found
+
+
+def _from_packed(file: Path, described: Description) -> TrainedNetwork:
+    state, metadata = unpack(file)
+    more = trained_on(metadata)
+    network, statistics = _named(file, metadata, described)
+    described.check_may_build(file, network, more["network_args"])
+    find_network(network)
+    try:
+        counted = "num_classes" in metadata
+        num_classes = int(metadata["num_classes"]) if counted else count_classes(network, state, more["network_args"])
+    except ValueError as error:
+        raise UserError(f"{file} cannot be used: {error}") from error
+    return TrainedNetwork(network, num_classes, statistics, state, file, val_top1=_recorded_accuracy(file), **more)
+
+
+def _from_plain(file: Path, content: object, described: Description) -> TrainedNetwork:
+    """Return what a state dict and the user together say; of the data, what our own export says."""
+    plain = read_plain_file(file, content)
+    network, statistics = _named(file, {}, described)
+    network_args = dict(described.network_args or {})
+    state = strip_prefixes(plain.state, state_shapes(network, 2, network_args).keys())
+    try:
+        num_classes = count_classes(network, state, network_args)
+    except UserError as error:
+        raise UserError(f"{file} cannot be used: {error}") from error
+    more = trained_on(plain.metadata) | {"network_args": network_args, "notes": plain.notes}
+    return TrainedNetwork(network, num_classes, statistics, state, file, **more)
+
+
+def _named(file: Path, metadata: Mapping[str, str], described: Description) -> tuple[str, Statistics]:
+    """Return a network's name and statistics: what the file says, else what the user says."""
     network = metadata.get("network", described.network)
     mean, std = (_channels_in(file, metadata, name) or getattr(described, name) for name in ("mean", "std"))
     if network is None or mean is None or std is None:
@@ -235,19 +185,17 @@ def _from_safetensors(file: Path, described: Description) -> TrainedNetwork:
         raise UserError(f"{file} says too little of its network: give {', '.join(missing)}")
     statistics = Statistics(mean, std)
     statistics.check(*described.flags[1:])
-    find_network(network)
-    try:
-        num_classes = int(metadata["num_classes"]) if "num_classes" in metadata else count_classes(network, state)
-    except ValueError as error:
-        raise UserError(f"{file} cannot be used: {error}") from error
-    return TrainedNetwork(network, num_classes, statistics, state, file)
+    return network, statistics
 
 
-def _read_state_dict(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as safetensors ({error}); it is truncated or foreign") from error
+def _recorded_accuracy(file: Path) -> float | None:
+    """Return the validation accuracy, in percent, in the records of the run that a packed file lies in."""
+    version = file.parent.parent
+    with suppress(UserError):
+        for record in read_records(version):
+            if packed_path(version, record) == file:
+                return record.val_top1
+    return None
 
 
 def _channels_in(file: Path, metadata: Mapping[str, str], name: str) -> Channels | None:

@@ -9,7 +9,7 @@ class Identity(NamedTuple):
     """One network of a run, quantized by one method at one size.
 
     Attributes:
-        name: `peer0`, ... of mutual learning, otherwise the network's name in `networks.NETWORKS`.
+        name: `peer0`, ... of mutual learning, otherwise the network's name; file names and keys have `-` for its slash.
         method: Method that quantized it; "" for the float network.
         bits: Bit width; of a file of mixed bits its budget in bytes.
     """
@@ -25,7 +25,7 @@ class Identity(NamedTuple):
             split: "val" or "test".
         """
         method = "" if self.method in ("", DEFAULT_METHOD) else f"{self.method}/"
-        return f"{self.name}/{split}/{method}{self.bits}"
+        return f"{self._safe_name}/{split}/{method}{self.bits}"
 
     def packed_name(self, codebook: str) -> str:
         """Return the name of the packed file.
@@ -34,6 +34,11 @@ class Identity(NamedTuple):
             codebook: Of the layers; several are joined by "+". The name of a file of mixed bits does without.
         """
         if self.method == MIXED_METHOD:
-            return f"{self.name}-{self.method}-{self.bits}B.safetensors"
+            return f"{self._safe_name}-{self.method}-{self.bits}B.safetensors"
         method = "" if self.method == DEFAULT_METHOD else f"{self.method}-"
-        return f"{self.name}-{method}{codebook}-{self.bits}bit.safetensors"
+        return f"{self._safe_name}-{method}{codebook}-{self.bits}bit.safetensors"
+
+    @property
+    def _safe_name(self) -> str:
+        """The name without slashes, which would make folders."""
+        return self.name.replace("/", "-")

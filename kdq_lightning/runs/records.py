@@ -66,7 +66,7 @@ class Record(TableRow):
         run: Name of the run.
         dataset: Name of the data.
         strategy: How the network was trained.
-        network: Its name in `networks.NETWORKS`.
+        network: Its name, by which it is built.
         peer: `peer0`, ... of mutual learning, else empty.
         seed: Of the run.
         method: How it was quantized: `default`, `gpfq`, `mixed` or `custom`; "" for the float network.

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import evaluate_batches, full_float32
 from kdq_lightning.random_draws import random_uniform
-from kdq_lightning.runs.checkpoints import state_dict_bytes
+from kdq_lightning.runs.trained_network import state_dict_bytes
 from kdq_lightning.training.lightning_internals import set_up_validation_loaders
 from kdq_lightning.training.loaders import (
     OWN_EVALUATION,

@@ -12,10 +12,10 @@ from kdq_lightning.evaluation import Evaluation
 from kdq_lightning.quantization import Quantized
 from kdq_lightning.quantization.methods import DEFAULT_METHOD, MIXED_METHOD
 from kdq_lightning.quantization.packing import mean_bits, metadata_bytes
-from kdq_lightning.runs.checkpoints import state_dict_bytes
 from kdq_lightning.runs.identity import Identity
 from kdq_lightning.runs.records import LayerRecord, Record, packed_path
 from kdq_lightning.runs.result_folder import ResultFolder
+from kdq_lightning.runs.trained_network import state_dict_bytes
 from kdq_lightning.training.source import Evaluations, Source
 
 

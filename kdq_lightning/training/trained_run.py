@@ -15,14 +15,8 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import Split, evaluate
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.quantization.codebooks import QuantizedWeight
-from kdq_lightning.runs.checkpoints import (
-    TrainedNetwork,
-    find_checkpoint,
-    load_state,
-    load_trained,
-    packed_metadata,
-    read_checkpoint,
-)
+from kdq_lightning.runs.checkpoints import find_checkpoint, load_trained, read_checkpoint
+from kdq_lightning.runs.trained_network import TrainedNetwork, load_state, packed_metadata
 from kdq_lightning.runs.versions import is_version
 from kdq_lightning.training.source import Evaluations, Source
 
@@ -109,7 +103,14 @@ class TrainedRun(Source):
     def metadata(self, name: str) -> dict[str, str]:
         """Return network, classes and statistics, with which a packed file is all that an evaluation needs."""
         network = self.module.network_names()[name]
-        return packed_metadata(network, self.module.num_classes, self.statistics(name))
+        return packed_metadata(
+            network,
+            self.module.num_classes,
+            self.statistics(name),
+            network_args=self.module.network_args,
+            class_names=self.data.class_names,
+            image_shape=self.data.image_shape,
+        )
 
     # --- images
 
@@ -137,7 +138,7 @@ class TrainedRun(Source):
     @cached_property
     def _trained(self) -> dict[str, TrainedNetwork]:
         """The networks of the best checkpoint; none if the module's own weights are to be used."""
-        return {} if self._checkpoint is None else load_trained(self._checkpoint)
+        return {} if self._checkpoint is None else load_trained(self._checkpoint, self.module.weights_description)
 
     def network(self, name: str) -> nn.Module:
         """Return a copy of a network with its best weights, in float32 and eval mode, on the device."""

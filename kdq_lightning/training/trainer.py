@@ -8,10 +8,13 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
+from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.files import write_atomically
+from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.modules.muon import multiplies_bfloat16
 from kdq_lightning.training.callbacks import LogSteps
+from kdq_lightning.training.header import Header
 from kdq_lightning.training.interruption import Interruption
 from kdq_lightning.training.lightning_internals import StageTrainer
 from kdq_lightning.training.post_training import PostTrainingQuantization
@@ -148,6 +151,10 @@ class Trainer(StageTrainer):
     def run_stage(self) -> Any:  # noqa: ANN401 - what Lightning's stages return
         """Do the work of the command: quantize, or what Lightning does."""
         self._interruption.listen(self)
+        module, data = self.lightning_module, self.datamodule  # type: ignore[attr-defined]
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Header) and isinstance(module, Classifier) and isinstance(data, ImageDataModule):
+                callback.announce(self, module, data)
         if not self._quantizing:
             return super().run_stage()
         for callback in self._quantizers:
