@@ -11,6 +11,7 @@ WITHOUT_MODEL = {
     "bench project": "kdq_lightning.study.project",
     "bench": "kdq_lightning.bench.subjects",
     "export": "kdq_lightning.commands.export",
+    "list": "kdq_lightning.commands.listing",
     "report": "kdq_lightning.commands.report",
     "study": "kdq_lightning.study.command",
 }

@@ -1,16 +1,19 @@
 """The commands that have a model, `kdq fit, validate, test, predict, quantize`: LightningCLI with our run folders."""
 
+import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
 
 from kdq_lightning.commands.arguments import OneLineErrors, check_class_given, check_given
 from kdq_lightning.commands.messages import quieten
@@ -76,6 +79,8 @@ class CommandLine(LightningCLI):
         own = {"network", "evaluate"}  # of modules that are not ours
         parser.add_class_arguments(PostTrainingQuantization, "quantization", sub_configs=True, skip=own)
         parser.callback_keys.append("quantization")
+        parser.add_optimizer_args((Optimizer,))
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -86,6 +91,9 @@ class CommandLine(LightningCLI):
         check_given(PostTrainingQuantization, config.quantization, "quantization")
         check_class_given(config.model, "model", later=["num_classes"])
         check_class_given(config.data, "data", later=["num_classes"])
+        _expand_home(config)
+        if config.get("lr_scheduler") and not config.get("optimizer"):
+            raise UserError("--lr_scheduler belongs to an optimizer that you choose: give --optimizer, too")
         self.root = Path(config.trainer.default_root_dir).absolute()
         self.run_name = config.name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
         self.resumed: ResumedRun | None = None
@@ -110,7 +118,20 @@ class CommandLine(LightningCLI):
         trained = version_hash(path.parent.parent) if path.parent.name == "checkpoints" else None
         return config_hash(config.as_dict(), weights=trained or file_digest(path))
 
-    # --- the trainer and its run folder
+    # --- the module, the trainer and its run folder
+
+    def before_instantiate_classes(self) -> None:
+        """Forget the seed of an earlier command of this process, if this one has none."""
+        if self.config[self.subcommand].seed_everything is False:
+            os.environ.pop("PL_GLOBAL_SEED", None)
+
+    def instantiate_classes(self) -> None:
+        """Tell the module what options beside its own say of its training."""
+        super().instantiate_classes()
+        config = self.config[self.subcommand]
+        self.model.is_seeded = config.seed_everything is not False
+        if config.get("optimizer"):
+            self.model.use_optimizer(config.optimizer.as_dict(), config.lr_scheduler and config.lr_scheduler.as_dict())
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         """Give the trainer the run folder, the callbacks and the bars that the command needs."""
@@ -119,12 +140,20 @@ class CommandLine(LightningCLI):
         if self.subcommand in ("fit", "quantize"):
             self.quantization.config_hash = self.hash_config()
         given = settings.trainer.get("callbacks") or []
-        callbacks = [*(given if isinstance(given, list) else [given]), NameDeadRank(), Header()]
+        given = given if isinstance(given, list) else [given]
+        if refused := [callback for callback in given if isinstance(callback, LearningRateFinder | BatchSizeFinder)]:
+            raise UserError(
+                f"{type(refused[0]).__name__} would train with other numbers than config and records say: leave it out,"
+                " and give --model.init_args.learning_rate or --data.batch_size"
+            )
+        callbacks = [*given, NameDeadRank(), Header()]
         if settings.trainer.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar(refresh_rate=20))
         keeps_checkpoints = settings.trainer.get("enable_checkpointing") is not False
         callbacks += self._callbacks_of_command(keeps_checkpoints)
         logger = self._run_logger(settings.trainer.get("logger"))
+        if self.subcommand != "fit":  # which computes in float32, whatever the network was trained in
+            kwargs["precision"] = "32-true"
         try:
             return super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
         except (MisconfigurationException, ValueError) as error:
@@ -173,7 +202,10 @@ class CommandLine(LightningCLI):
         self.model.trainer = self.trainer
         self.trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
         run.check_is_run_of(self.model)
-        self.model.weights = None  # Lightning loads the checkpoint after setup; what the run began with may be gone
+        self.model.weights, self.model.pretrained = (
+            None,
+            False,
+        )  # Lightning loads the checkpoint after setup; what the run began with may be gone
         if run.has_ended(self.trainer):  # and was cut off before it could say so
             mark_finished(run.folder)
         if not is_finished(run.folder):
@@ -185,6 +217,17 @@ class CommandLine(LightningCLI):
                 f"{run.folder} is finished: nothing is left to train or to quantize; leave out --ckpt_path to start a"
                 " new version"
             )
+
+
+def _expand_home(config: Namespace) -> None:
+    """Put the home folder in place of `~` in the options that are paths, as a shell does not in `--option=~/x`."""
+    places = (
+        *((config, "ckpt_path"), (config.trainer, "default_root_dir"), (config.data.get("init_args"), "root")),
+        *((config.model.get("init_args"), key) for key in ("weights", "teacher", "teacher_cache", "packed")),
+    )
+    for group, key in places:
+        if group is not None and isinstance(path := group.get(key), str | Path) and str(path).startswith("~"):
+            group[key] = type(path)(os.path.expanduser(path))
 
 
 class ConfigReader(WithoutRunning, CommandLine):
@@ -240,7 +283,7 @@ def build_command_line(kind: type[CommandLine], args: ArgsType) -> CommandLine:
         parser_kwargs={
             "prog": "kdq",
             "description": "Distil image classifiers, quantize them, and compare at equal bytes.",
-            "epilog": "Without a model: kdq bench, kdq export, kdq report, kdq study; each has --help.",
+            "epilog": "Without a model: kdq bench, kdq export, kdq list, kdq report, kdq study; each has --help.",
             "default_env": True,
             "env_prefix": "KDQ",
         },

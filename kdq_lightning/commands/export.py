@@ -36,6 +36,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="The file; missing folders are made.")
     add_network_arguments(parser)
     options = parser.parse_args(args)
+    options.out = options.out.expanduser()
     trained = load_network(options.packed, options)
     if options.out.resolve() == trained.path.resolve():
         raise UserError(f"--out {options.out} is the file that is exported: choose another name")

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from kdq_lightning.data.augmentation import View
@@ -13,7 +12,13 @@ from kdq_lightning.data.normalization import Channels, Statistics
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import cross_entropy
 from kdq_lightning.modules.evaluated import EvaluatedModule
-from kdq_lightning.modules.optimization import KERNEL_LEARNING_RATE, Cycles, configure_optimizer, muon_kernels
+from kdq_lightning.modules.optimization import (
+    KERNEL_LEARNING_RATE,
+    Cycles,
+    GivenOptimizer,
+    configure_optimizer,
+    muon_kernels,
+)
 from kdq_lightning.modules.schedule import one_cycle
 from kdq_lightning.modules.scores import Scores
 from kdq_lightning.modules.strategy_names import check_strategy
@@ -48,6 +53,8 @@ class Classifier(EvaluatedModule):
     """
 
     is_quantized = False
+    is_seeded = True  # False where the command line says that nothing is
+    given_optimizer: GivenOptimizer | None = None
 
     def __init__(
         self,
@@ -252,12 +259,18 @@ class Classifier(EvaluatedModule):
         """Return what a resumed run must share with the run that it goes on with."""
         return {
             "strategy": self.strategy,
-            "optimizer": self.optimizer or "sgd",
-            "seed_everything": getattr(self.trainer.datamodule, "seed", None),  # type: ignore[attr-defined]
+            "optimizer": self.optimizer_text,
+            "lr_scheduler": self.given_optimizer.lr_scheduler_text if self.given_optimizer else None,
+            "seed_everything": getattr(self.trainer.datamodule, "seed", None) if self.is_seeded else None,  # type: ignore[attr-defined]
             "max_epochs": self.trainer.max_epochs,
             "max_steps": self.trainer.max_steps,
             "network_args": str(self.network_args) if self.network_args else None,
         }
+
+    @property
+    def optimizer_text(self) -> str:
+        """What trains the network: `sgd`, `muon`, or the user's class with its arguments."""
+        return self.given_optimizer.optimizer_text if self.given_optimizer else self.optimizer or "sgd"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the statistics, and add the biases that weights from a packed file have.
@@ -278,15 +291,39 @@ class Classifier(EvaluatedModule):
 
     # --- training
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return the optimizer under `cycles`, per step: SGD, or Muon, whose learning rate has no warm-up."""
+    def use_optimizer(self, optimizer: Mapping[str, Any], lr_scheduler: Mapping[str, Any] | None) -> None:
+        """Train with another optimizer and schedule, in place of `optimizer`, `learning_rate` and what belongs to them.
+
+        Args:
+            optimizer: `class_path` and `init_args`.
+            lr_scheduler: Likewise; None for a constant learning rate.
+
+        Raises:
+            UserError: If the module's own option names an optimizer, too.
+        """
+        if self.optimizer is not None:
+            raise UserError("--optimizer and --model.init_args.optimizer are both given: leave one of them out")
+        self.given_optimizer = GivenOptimizer(optimizer, lr_scheduler)
+
+    def _total_steps(self) -> int:
+        """Return the number of optimizer steps of the training."""
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise UserError("the learning rate needs an end: give --trainer.max_epochs or --trainer.max_steps")
+        return int(total)
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - one of Lightning's forms
+        """Return the optimizer that the user gives; else the one under `cycles`, per step: SGD, or Muon.
+
+        Muon's learning rate has no warm-up.
+        """
+        if self.given_optimizer is not None:
+            return self.given_optimizer.configure(self.parameters())
+        total = self._total_steps()
         use_muon = self.optimizer == "muon"
         return configure_optimizer(
-            self.cycles(int(total), self.warmup),
-            self.cycles(int(total), warmup=0),
+            self.cycles(total, self.warmup),
+            self.cycles(total, warmup=0),
             muon_kernels(self.networks().values(), str(self.trainer.precision)) if use_muon else set(),
             self.learning_rate,
             self.kernel_learning_rate,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from kdq_lightning.data.augmentation import View
 from kdq_lightning.errors import check_range
@@ -49,6 +50,7 @@ class HintKD(VanillaKD):
         self.hint_layer, self.teacher_hint_layer = hint_layer, teacher_hint_layer
         self.hint_steps = 0
         self.regressor: nn.Conv2d | None = None
+        self._resting: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []  # in stage 1 and in stage 2
 
     @classmethod
     def for_timing(cls, options: Mapping[str, Any], teacher: Teacher | None, is_cached: bool) -> Classifier:
@@ -90,11 +92,24 @@ class HintKD(VanillaKD):
         second = one_cycle(total - self.hint_steps, warmup, start=self.hint_steps)
         assert self.regressor is not None, "built in setup"
         half, rest = self._halves()
+        self._resting = list(rest), list(self.regressor.parameters())
         return [
             ([half], lambda step: first(step) + second(step)),
             ([rest], second),
             ([self.regressor], first),
         ]
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - one of Lightning's forms
+        """Return the optimizer; one that the user gives has no stages in its learning rate, so they are set here."""
+        if self.given_optimizer is not None:
+            self.cycles(self._total_steps(), self.warmup)
+        return super().configure_optimizers()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Keep an optimizer that the user gives from moving what the stage leaves alone: it knows no stages."""
+        if self.given_optimizer is not None:
+            for parameter in self._resting[self.global_step >= self.hint_steps]:
+                parameter.grad = None
 
     def _halves(self) -> tuple[nn.ParameterList, nn.ParameterList]:
         """Return the parameters that the hint layer's features depend on, which stage 1 trains, and the others."""

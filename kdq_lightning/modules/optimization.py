@@ -1,9 +1,10 @@
-"""Optimizer and learning rates of a training: SGD, or Muon for the convolutions' kernels."""
+"""Optimizer and learning rates of a training: SGD, Muon for the convolutions' kernels, or what the user names."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.cli import LightningCLI, instantiate_class
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 
@@ -17,6 +18,51 @@ Cycles = Sequence[tuple[list[nn.Module], Cycle]]
 MUON_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 KERNEL_LEARNING_RATE = 0.2
 MOMENTUM, KERNEL_MOMENTUM = 0.9, 0.6
+
+
+class GivenOptimizer(NamedTuple):
+    """An optimizer that the user names, with its schedule, as LightningCLI takes them.
+
+    Attributes:
+        optimizer: `class_path` and `init_args`.
+        lr_scheduler: Likewise; None for a constant learning rate. It is stepped once an epoch.
+    """
+
+    optimizer: Mapping[str, Any]
+    lr_scheduler: Mapping[str, Any] | None
+
+    def configure(self, parameters: Iterable[nn.Parameter]) -> Any:  # noqa: ANN401 - one of Lightning's forms
+        """Return what a LightningModule's `configure_optimizers` returns.
+
+        Args:
+            parameters: Those of the module; the ones that need no gradient are left out.
+
+        Raises:
+            UserError: If the optimizer or the scheduler refuses its arguments.
+        """
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        try:
+            optimizer = instantiate_class((trained,), dict(self.optimizer))
+            scheduler = self.lr_scheduler and instantiate_class((optimizer,), dict(self.lr_scheduler))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"the optimizer or its scheduler can't be made ({error}): look at its arguments") from error
+        return LightningCLI.configure_optimizers(None, optimizer, scheduler)  # type: ignore[arg-type]
+
+    @property
+    def optimizer_text(self) -> str:
+        """The optimizer's class and arguments."""
+        return _call_text(self.optimizer)
+
+    @property
+    def lr_scheduler_text(self) -> str | None:
+        """The scheduler's class and arguments; None if there is none."""
+        return _call_text(self.lr_scheduler) if self.lr_scheduler else None
+
+
+def _call_text(given: Mapping[str, Any]) -> str:
+    """Return a class and the arguments that are not None as `torch.optim.AdamW(lr=0.001)`."""
+    arguments = sorted((given.get("init_args") or {}).items())
+    return f"{given['class_path']}({', '.join(f'{key}={value}' for key, value in arguments if value is not None)})"
 
 
 def muon_kernels(networks: Iterable[nn.Module], precision: str) -> set[int]:

@@ -29,6 +29,7 @@ def read_rows(folders: Sequence[Path]) -> tuple[dict[str, list[Row]], list[str]]
         for folder, records in _from_oldest(find_records(*folders)).items()
         for measurement in _measurements(folder, records, notes)
     ]
+    measurements = _number_unseeded(measurements, notes)
     if not measurements:
         raise UserError(
             f"there is no {RECORDS} below {', '.join(map(str, folders))}: train a network with `kdq fit`, or quantize"
@@ -81,6 +82,19 @@ def _measurements(folder: Path, records: list[Record], notes: list[str]) -> list
         listed = ", ".join(map(str, sorted(missing)))
         notes.append(f"{folder} has no images in {CORRECT} at {listed} bits: it is left out of paired tests there.")
     return measurements
+
+
+def _number_unseeded(measurements: Iterable[Measurement], notes: list[str]) -> list[Measurement]:
+    """Give the runs that were not seeded numbers of their own, -1, -2, ...: each of them is another draw."""
+    numbers: dict[Path, int] = {}
+    numbered = []
+    for m in measurements:
+        if m.record.seed is None:
+            number = numbers.setdefault(m.folder, -1 - len(numbers))
+            m = replace(m, record=replace(m.record, seed=number))
+        numbered.append(m)
+    notes += [f"{folder} was trained without a seed: {number} stands for it." for folder, number in numbers.items()]
+    return numbered
 
 
 def _newest(measurements: Iterable[Measurement], notes: list[str]) -> list[Measurement]:

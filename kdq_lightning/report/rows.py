@@ -30,6 +30,12 @@ class Measurement:
     folder: Path
     correct: NDArray[np.bool_] | None
 
+    @property
+    def seed(self) -> int:
+        """The seed of its run; runs without one are numbered below zero when they are read."""
+        assert self.record.seed is not None, "numbered by read_rows"
+        return self.record.seed
+
 
 class Summary(NamedTuple):
     """A number over the seeds of a cell.
@@ -72,7 +78,7 @@ class Cell:
     @cached_property
     def correct(self) -> dict[int, NDArray[np.bool_]]:
         """Whether each test image was classified correctly, bool (images,), by seed; seeds without it are left out."""
-        return {m.record.seed: m.correct for m in self.first_peers if m.correct is not None}
+        return {m.seed: m.correct for m in self.first_peers if m.correct is not None}
 
     @cached_property
     def levels(self) -> int | None:
@@ -82,7 +88,7 @@ class Cell:
     @cached_property
     def seeds(self) -> list[int]:
         """The seeds, in ascending order."""
-        return sorted({m.record.seed for m in self.measurements})
+        return sorted({m.seed for m in self.measurements})
 
     @cached_property
     def summaries(self) -> dict[str, Summary]:
@@ -91,7 +97,7 @@ class Cell:
         for m in self.measurements:
             for name, by_seed in values.items():
                 if (value := getattr(m.record, name)) is not None:
-                    by_seed[m.record.seed].append(value)
+                    by_seed[m.seed].append(value)
         return {
             name: summarize([float(np.mean(peers)) for peers in by_seed.values()])
             for name, by_seed in values.items()

@@ -20,6 +20,9 @@ WITHOUT_EFFECT = {
     "quantization": {"bits", "methods", "budgets", "enabled"},  # each bit width, method, budget is a record of its own
 }
 
+WHERE_GIVEN = ("optimizer", "lr_scheduler")
+"""Sections that count only where they are given."""
+
 
 def config_hash(config: Mapping[str, Any], weights: str | None = None) -> str:
     """Return 12 hexadecimal digits that tell runs apart which may give different results.
@@ -27,7 +30,8 @@ def config_hash(config: Mapping[str, Any], weights: str | None = None) -> str:
     Two runs that differ only in seed, device, number of ranks, loggers or place share them.
 
     Args:
-        config: What `config.yaml` of a run holds: the sections model, data, trainer and quantization count. Options
+        config: What `config.yaml` of a run holds: the sections model, data, trainer and
+                quantization count, and an optimizer with its scheduler. Options
             that are None don't, so that a release which adds one still finds its records. Paths of networks below
             `trainer.default_root_dir` count from there. Of images without a name, their folder's name counts.
         weights: What stands for the trained weights instead of their path, for `kdq quantize`: the hash of the run that
@@ -35,6 +39,7 @@ def config_hash(config: Mapping[str, Any], weights: str | None = None) -> str:
     """
     root = Path(config["trainer"].get("default_root_dir") or ".").absolute()
     what = {section: _with_effect(section, config.get(section) or {}) for section in WITHOUT_EFFECT}
+    what |= {section: _with_effect(section, config[section]) for section in WHERE_GIVEN if config.get(section)}
     images = (config.get("data") or {}).get("init_args") or {}
     if "dataset" not in images and images.get("root") is not None:
         what["data"]["root"] = Path(images["root"]).resolve().name

@@ -68,7 +68,7 @@ class Record(TableRow):
         strategy: How the network was trained.
         network: Its name, by which it is built.
         peer: `peer0`, ... of mutual learning, else empty.
-        seed: Of the run.
+        seed: Of the run; None if it was not seeded.
         method: How it was quantized: `default`, `gpfq`, `mixed` or `custom`; "" for the float network.
         solver: Of the layers; several are joined by "+".
         codebook: Of the layers; several are joined by "+".
@@ -100,7 +100,7 @@ class Record(TableRow):
     strategy: str
     network: str
     peer: str
-    seed: int
+    seed: int | None
     method: Annotated[str, Absent(_default_method)]
     solver: Annotated[str, Renamed(RENAMED_SOLVERS)]
     codebook: str

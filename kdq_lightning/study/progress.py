@@ -26,7 +26,7 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
     Raises:
         SystemExit: If an option of a run is unknown; the sentence that says so has been printed.
     """
-    records: defaultdict[tuple[str, int], dict[Path, list[Record]]] = defaultdict(dict)
+    records: defaultdict[tuple[str, int | None], dict[Path, list[Record]]] = defaultdict(dict)
     for folder, found in find_records(*places).items():
         for record in found:
             records[record.config_hash, record.seed].setdefault(folder, []).append(record)

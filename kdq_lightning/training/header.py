@@ -7,12 +7,13 @@ from pathlib import Path
 
 from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.runs.class_names import shorten_names
 
-WIDTH, LABEL = 80, 9  # columns
+WIDTH, LABEL = 80, 11  # columns
 
 
 class Header(Callback):
@@ -46,11 +47,13 @@ def header_lines(trainer: LightningTrainer, module: Classifier, data: ImageDataM
     shape = " x ".join(map(str, data.image_shape))
     processes = f", {trainer.world_size} processes" if trainer.world_size > 1 else ""
     teacher = getattr(module, "teacher", None)
+    given = module.given_optimizer if trainer.state.fn == TrainerFn.FITTING else None
     facts = [
         ("network", [f"{names}, {' + '.join(f'{size:,}' for size in sizes)} parameters"]),
         ("data", [f"{data.dataset}, images of {shape}: {counts}"]),
         ("classes", [f"{data.num_classes}: {shorten_names(data.class_names, shown=8)}"]),
         ("device", [f"{trainer.strategy.root_device}, {trainer.precision}{processes}"]),
+        ("trained by", [given.optimizer_text, given.lr_scheduler_text or "constant learning rate"] if given else []),
         ("folder", [_relative(folder)] if folder else []),
         ("weights", [_relative(module.origin[0]), *module.origin[1:]] if module.origin else []),
         ("teacher", [_relative(teacher.origin[0]), *teacher.origin[1:]] if teacher and teacher.origin else []),

@@ -85,7 +85,7 @@ class TrainedRun(Source):
             **{f"strategy_{name}": _text(given.get(name)) for name in OF_STRATEGIES},
             "teacher": _text(given.get("teacher")),
             "trained_on": first["dataset"],
-            "trained_by": self.module.optimizer or "sgd",
+            "trained_by": self.module.optimizer_text,
         }
 
     def fields(self, name: str) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""`kdq list`: the names that options take, one a line, so that they can be searched."""
+
+import inspect
+from collections.abc import Callable, Iterator
+
+from kdq_lightning.commands.arguments import OneLineErrors
+from kdq_lightning.networks import network_names
+from kdq_lightning.quantization.codebooks import CODEBOOKS
+from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS
+from kdq_lightning.quantization.solvers import SOLVERS
+
+ABOUT_METHODS = {
+    "default": "the best known solver and codebook for each bit width, at most 2^b levels",
+    "gpfq": "the published recursion whole, 2^b + 1 levels and one scale a layer",
+    "custom": "default with a solver or codebook of your own",
+}
+
+
+def main(args: list[str]) -> int:
+    """Run `kdq list`."""
+    parser = OneLineErrors(prog="kdq list", description=__doc__)
+    parser.add_argument("kind", choices=list(LISTS), help="What to list.")
+    for line in LISTS[parser.parse_args(args).kind]():
+        print(line)
+    return 0
+
+
+def list_methods() -> Iterator[str]:
+    """Yield the methods of quantization, then the solvers and codebooks that make a method of one's own."""
+    for name in (*METHODS, CUSTOM_METHOD):
+        yield f"{name:<20}{ABOUT_METHODS.get(name, '')}".rstrip()
+    yield f"--quantization.solver takes {', '.join(SOLVERS)}; --quantization.codebook {', '.join(CODEBOOKS)}"
+
+
+def list_strategies() -> Iterator[str]:
+    """Yield the classes that `--model` takes."""
+    from kdq_lightning.commands.command_line import STRATEGIES  # Lightning, which takes seconds to import
+
+    yield from map(_described, STRATEGIES)
+
+
+def list_data() -> Iterator[str]:
+    """Yield the classes that `--data` takes."""
+    from kdq_lightning.commands.command_line import SOURCES
+
+    yield from map(_described, SOURCES)
+
+
+def _described(kind: type) -> str:
+    """Return a class's name and the first line of its docstring."""
+    return f"{kind.__name__:<24}{inspect.getdoc(kind) or ''}".partition("\n")[0]
+
+
+LISTS: dict[str, Callable[[], Iterator[str]]] = {
+    "networks": network_names,
+    "strategies": list_strategies,
+    "data": list_data,
+    "methods": list_methods,
+}
