@@ -119,7 +119,7 @@ def test_one_packed_peer_of_two(packed: Path, images: Path, capsys: pytest.Captu
     arguments = ["--model.init_args.networks=[resnet14,resnet8]", f"--model.init_args.weights={packed}"]
     assert command("test", images, *arguments, strategy="dml") == 0
     printed = capsys.readouterr().out
-    assert "test/top1" in printed and "peer" not in printed
+    assert "test/top1" in printed and "/peer" not in printed
     assert command("fit", images, *arguments, strategy="dml") == 1
     assert "holds resnet8; peer0, peer1 is asked for" in capsys.readouterr().err
 

@@ -141,7 +141,8 @@ def test_is_quantized(run: str, workspace: Path):
     assert {(peer, bits) for peer, bits in old if bits != 2} == found.keys()
     for key, row in found.items():
         assert float(row["test_top1"]) == pytest.approx(float(old[key]["test_top1"]), abs=2.01 * 100 / TEST_IMAGES)
-        assert row["packed_bytes"] == old[key]["packed_bytes"]
+        names = 100 * (row["bits"] != "32")  # bytes: what the files of today say of their classes and images
+        assert int(row["packed_bytes"]) - int(old[key]["packed_bytes"]) in range(names + 1)
 
 
 @every_run

@@ -45,4 +45,4 @@ def test_scores_move_with_their_module():
     holder = torch.nn.Module()
     holder.scores = Scores(["resnet20"])
     holder.to("meta")
-    assert holder.scores.evaluators["resnet20"].device.type == "meta" and not holder.state_dict()
+    assert holder.scores.evaluators[0].device.type == "meta" and not holder.state_dict()

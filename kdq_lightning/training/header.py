@@ -43,7 +43,9 @@ def header_lines(trainer: LightningTrainer, module: Classifier, data: ImageDataM
     """
     sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in module.networks().values()]
     names = " + ".join(module.network_names().values())
-    counts = f"{len(data.train_index):,} to train, {len(data.val_index):,} to validate, {len(data.test_set):,} to test"
+    counts = f"{len(data.train_index):,} to train, {len(data.val_index):,} to validate"
+    if trainer.state.fn == TrainerFn.TESTING:  # other commands may have to leave the test images alone
+        counts = f"{len(data.test_set):,} to test"
     shape = " x ".join(map(str, data.image_shape))
     processes = f", {trainer.world_size} processes" if trainer.world_size > 1 else ""
     teacher = getattr(module, "teacher", None)
