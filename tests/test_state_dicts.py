@@ -77,6 +77,7 @@ class Touch:
         return Path.touch, (Path("touched"),)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
 def test_files_that_are_refused(network: nn.Module, workspace: Path):
     """Each with a sentence that says how to save the weights, and without running anything."""
     torch.save(network, "module.pth")

@@ -24,7 +24,8 @@ from kdq_lightning.quantization.quantized import Quantized
 from kdq_lightning.quantization.recipes import Recipe, best_recipe
 from kdq_lightning.quantization.torch_state import isolated
 from kdq_lightning.quantization.walks import Walks
-from kdq_lightning.runs.checkpoints import add_network_arguments, load_network, state_dict_bytes
+from kdq_lightning.runs.checkpoints import add_network_arguments, load_network
+from kdq_lightning.runs.trained_network import state_dict_bytes
 
 MAX_MEMORY_GB = 8.0
 BETWEEN = 0.5  # of the way from one uniform file to the next, in bytes

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from kdq_lightning.commands.arguments import OneLineErrors
 from kdq_lightning.networks import network_names
 from kdq_lightning.quantization.codebooks import CODEBOOKS
-from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS
+from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS, MIXED_METHOD
 from kdq_lightning.quantization.solvers import SOLVERS
 
 ABOUT_METHODS = {
     "default": "the best known solver and codebook for each bit width, at most 2^b levels",
     "gpfq": "the published recursion whole, 2^b + 1 levels and one scale a layer",
+    "mixed": "default with bits of its own for each layer: --quantization.budgets [100kB]",
     "custom": "default with a solver or codebook of your own",
 }
 
@@ -27,8 +28,8 @@ def main(args: list[str]) -> int:
 
 def list_methods() -> Iterator[str]:
     """Yield the methods of quantization, then the solvers and codebooks that make a method of one's own."""
-    for name in (*METHODS, CUSTOM_METHOD):
-        yield f"{name:<20}{ABOUT_METHODS.get(name, '')}".rstrip()
+    for name in (*METHODS, MIXED_METHOD, CUSTOM_METHOD):
+        yield f"{name:<20}{ABOUT_METHODS[name]}"
     yield f"--quantization.solver takes {', '.join(SOLVERS)}; --quantization.codebook {', '.join(CODEBOOKS)}"
 
 
