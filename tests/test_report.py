@@ -14,10 +14,18 @@ from PIL import Image
 from kdq_lightning.cli import main
 from kdq_lightning.commands.report import write_report
 from kdq_lightning.errors import UserError
-from kdq_lightning.report.answer import answer, choose_measurement, sentence_on_shipping, verdict
-from kdq_lightning.report.claims import sentence_on_gains
+from kdq_lightning.report.answer import (
+    advice_table,
+    answer,
+    choose_measurement,
+    sentence_on_distilling,
+    sentence_on_shipping,
+    verdict,
+)
+from kdq_lightning.report.claims import gains_in_words
 from kdq_lightning.report.duels import comparable_files
 from kdq_lightning.report.figures import draw_figures
+from kdq_lightning.report.file_choice import rounded_sizes
 from kdq_lightning.report.findings import Findings, find
 from kdq_lightning.report.formatting import format_difference, format_p
 from kdq_lightning.report.published import BITS, TOP1, published_drop, published_top1
@@ -26,7 +34,7 @@ from kdq_lightning.report.rows import Row, summarize
 from kdq_lightning.report.significance import Difference, holm, paired_bootstrap
 from kdq_lightning.report.table_formats import to_csv, to_latex, to_markdown
 from kdq_lightning.report.tables import gain_table, measure_table
-from kdq_lightning.runs.records import CORRECT, Record, read_correct, read_records, write_records
+from kdq_lightning.runs.records import CORRECT, Record, packed_path, read_correct, read_records, write_records
 from kdq_lightning.strategies import appearances
 from tests.records import ACCURACIES, WIDTHS, draw_correct, write_run, write_study
 
@@ -92,8 +100,12 @@ def test_markdown_says_what_others_rely_on(report: Path):
     for words in ("±", "p = ", "equal bytes", "not distinguishable", "cifar10", "cifar100", "## The answer"):
         assert words in text
     assert "Without any record: DKD, Hints." in text and str(report) not in text
-    for name in re.findall(r"\]\((.*?)\)", text):
-        assert (report / name).read_text().rstrip().endswith("</svg>")
+    names = re.findall(r"\]\((.*?)\)", text)
+    assert {name.rsplit(".")[-1] for name in names} == {"svg", "csv", "md"}
+    for name in names:
+        content = (report / name).read_text().rstrip()
+        assert content.endswith("</svg>") if name.endswith("svg") else "," in content
+    assert {path.name for path in report.iterdir() if path.suffix in (".csv", ".svg")} <= set(names)
     assert "-0.00" not in text and "nan" not in text
 
 
@@ -112,6 +124,8 @@ def test_unknown_strategies_in_all_figures_and_tables(tmp_path: Path):
     report = write_report([tmp_path], tmp_path / "out")
     looks = {}
     for name, figure in draw_figures(_findings(tmp_path)).items():
+        if name == "methods":  # a panel a strategy
+            continue
         for bars in figure.axes[0].containers:
             if not bars.get_label().startswith("_"):
                 look = bars.lines[0].get_color(), bars.lines[0].get_marker()
@@ -123,18 +137,23 @@ def test_unknown_strategies_in_all_figures_and_tables(tmp_path: Path):
         "my_distillation (resnet18)",
     ]
     assert len({colour for colour, _ in looks.values()}) == len({marker for _, marker in looks.values()}) == 4
-    text = report.read_text().replace("### cifar10", "### Claims")
-    sections = dict(re.findall(r"^##+ (.*?)\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL))
-    rows = {title: text.count("\n| my_distillation (resnet18) |") for title, text in sections.items()}
-    assert {title: count for title, count in rows.items() if count} == {
-        "cifar10": 1,
-        "Gain over the control": 1,
-        "Loss from float": 2,
-        "Bytes of the files": 1,
-        "Fidelity": 4,
+    text, details = report.read_text(), (tmp_path / "out" / "details.md").read_text()
+    assert text.count("\n| my_distillation (resnet18) |") == 1
+    assert text.count("\n- **my_distillation (resnet18)**:") == 1
+    tables = {path.stem: path.read_text() for path in (tmp_path / "out").glob("*.csv")}
+    rows = {name: table.count("\nmy_distillation (resnet18),") for name, table in tables.items()}
+    assert {name.removesuffix("_cifar10"): count for name, count in rows.items() if count} == {
+        "accuracy": 1,
+        "gain": 1,
+        "loss_from_float": 2,
+        "bytes": 1,
+        "agreement_teacher": 1,
+        "flips": 1,
+        "ece": 1,
+        "relative_error": 1,
     }
-    assert "another (resnet18), float" in sections["The answer"] and "another (resnet18), 2" in sections["Equal bytes"]
-    assert "- another (resnet18) drops more sharply" in sections["Claims"] and "- another (resnet18) loses" in text
+    assert "another (resnet18) has 82.00 % at 4 bits" in text and "another (resnet18), 2" in tables["equal_bytes_cifar10"]
+    assert "- another (resnet18) drops more sharply" in details and "- another (resnet18) loses" in details
     with (tmp_path / "out" / "cells_cifar10.csv").open() as file:
         assert len([row for row in csv.DictReader(file) if row["strategy"] == "my_distillation"]) == 3
 
@@ -203,35 +222,100 @@ def test_duels_are_those_of_brute_force(study: Path):
 
 
 def test_the_answer_in_words(tmp_path: Path):
-    """Each range of budgets with the files that meet at its ends, what they reach, and the tests' p-values."""
+    """A sentence for each range of budgets with one outcome, with points and p-values; then one on distilling."""
     for seed in (0, 1):
         write_run(tmp_path / f"t{seed}", "teacher", {2: 70, 4: 95, 5: 96}, seed=seed, network="resnet50")
         write_run(tmp_path / f"v{seed}", "vanilla", {2: 80, 3: 85, 5: 86}, seed=seed)
-    duels = _findings(tmp_path).duels
+    findings = _findings(tmp_path)
+    duels = findings.duels
     alone, student, teacher = duels[:2], duels[2:4], duels[4:]
     assert [duel.low for duel in duels] == [3300, 4700, 6500, 7500, 12500, 15500]
-    tests = [f"{format_difference(duel.difference, with_p=False)} points" if duel.difference else "" for duel in duels]
-    assert answer(duels) == (
-        "at equal bytes each wins somewhere."
-        " From 3.3 kB to 6.5 kB only the student fits: Vanilla KD (resnet18), 2 bits (80.25 ± 0.35 %) … Vanilla KD"
-        " (resnet18), 3 bits (85.25 ± 0.35 %)."
-        f" From 6.5 kB to 12.5 kB the student is better, {format_p(student[0].difference.p)}: Vanilla KD"
-        " (resnet18), 3 bits (85.25 ± 0.35 %) against Teacher (resnet50), 2 bits (70.25 ± 0.35 %), student minus"
-        f" teacher {tests[2]} … Vanilla KD (resnet18), 5 bits (86.25 ± 0.35 %) against Teacher (resnet50), 2 bits"
-        f" (70.25 ± 0.35 %), student minus teacher {tests[3]}."
-        f" From 12.5 kB on the teacher is better, {format_p(teacher[0].difference.p)}: Vanilla KD (resnet18),"
-        " 5 bits (86.25 ± 0.35 %) against Teacher (resnet50), 4 bits (95.25 ± 0.35 %), student minus teacher"
-        f" {tests[4]} … Vanilla KD (resnet18), 5 bits (86.25 ± 0.35 %) against Teacher (resnet50), 5 bits (96.25 ±"
-        f" 0.35 %), student minus teacher {tests[5]}."
-    )
     assert not any(duel.difference for duel in alone)
+    points = [f"{abs(duel.difference.points):.2f}" for duel in (*student, *teacher)]
+    p_values = [format_p(duel.difference.p) for duel in (*student, *teacher)]
+    assert len(set(p_values)) == 1
+    assert answer(findings) == (
+        "Under 6.5 kB only the student (resnet18) fits; its best file there is Vanilla KD (resnet18), 3 bits: 4.7 kB,"
+        " 85.25 ± 0.35 %."
+        f" From 6.5 kB to 12.5 kB the student (resnet18) is better at equal bytes, by {points[0]} to {points[1]} points"
+        f" ({p_values[0]})."
+        f" From 12.5 kB on the teacher (resnet50) is better at equal bytes, by {points[2]} to {points[3]} points"
+        f" ({p_values[0]})."
+    )
     even = [
         replace(duel, difference=duel.difference._replace(p=p)) for duel, p in zip(student, (0.3, 0.6), strict=True)
     ]
-    assert answer(even).startswith(
-        "at equal bytes student and teacher are not distinguishable. From 6.5 kB to 12.5 kB not distinguishable,"
-        " p = 0.300 at least: Vanilla"
+    assert answer(replace(findings, duels=even)) == (
+        "Up to 12.5 kB student and teacher are not distinguishable at equal bytes (p = 0.300 at least)."
     )
+    assert answer(replace(findings, duels=alone)).startswith("The question stays open")
+
+
+def test_what_to_ship_follows_from_the_tests(tmp_path: Path):
+    """The winner; the smaller file where there is none; `--max_bytes` gives the table's file, whatever is larger."""
+    for seed in (0, 1):
+        write_run(tmp_path / f"t{seed}", "teacher", {2: 70, 4: 95}, seed=seed, network="resnet50")
+        write_run(tmp_path / f"v{seed}", "vanilla", {2: 80, 3: 85, 5: 86}, seed=seed)
+    findings = _findings(tmp_path)
+    rows = [[entry.text for entry in row] for row in advice_table(findings.duels).rows]
+    assert [row[:2] for row in rows] == [
+        ["3.3 kB", "Vanilla KD (resnet18), 2 bits"],
+        ["4.7 kB", "Vanilla KD (resnet18), 3 bits"],
+        ["6.5 kB", "Vanilla KD (resnet18), 3 bits"],
+        ["7.5 kB", "Vanilla KD (resnet18), 5 bits"],
+        ["12.5 kB", "Teacher (resnet50), 4 bits"],
+    ]
+    assert rows[0][3:] == ["none fits", "", ""] and rows[-1][3] == "Vanilla KD (resnet18), 5 bits"
+    assert all(row[5].startswith("+") for row in rows[2:])  # of the file to ship, whichever side it is on
+    for budget, file in ((3300, "Vanilla KD (resnet18), 2 bits"), (12_499, "Vanilla KD (resnet18), 5 bits")):
+        assert choose_measurement(findings, budget, None)[0].label == file
+    assert choose_measurement(findings, 1e9, None)[0].label == "Teacher (resnet50), 4 bits"
+    assert choose_measurement(findings, 3299, None) is None
+    even = [
+        duel if duel.winner is None else replace(duel, difference=duel.difference._replace(p=0.5))
+        for duel in findings.duels
+    ]
+    assert choose_measurement(replace(findings, duels=even), 1e9, None)[0].label == "Vanilla KD (resnet18), 5 bits"
+
+
+def test_the_file_to_ship_exists_and_can_be_exported(tmp_path: Path):
+    write_run(tmp_path / "v" / "version_0", "vanilla", {2: 80, 32: 90})
+    folder = tmp_path / "v" / "version_0"
+    assert "its packed file, `resnet18-" in sentence_on_shipping(_findings(tmp_path), 3300, None)
+    packed = packed_path(folder, read_records(folder)[0])
+    packed.parent.mkdir()
+    packed.touch()
+    assert f"`kdq export {packed} --to onnx --out {packed.stem}.onnx`" in sentence_on_shipping(
+        _findings(tmp_path), 3300, None
+    )
+    assert f"the float network of `{folder}`" in sentence_on_shipping(_findings(tmp_path), None, 89)
+
+
+@pytest.mark.parametrize(("top1", "said"), [(95, "Distilling helped: "), (75, "Distilling did not help: ")])
+def test_whether_distilling_helped(tmp_path: Path, top1: float, said: str):
+    """Of the best distilled file on validation, against the control at the same bits."""
+    write_run(tmp_path / "t", "teacher", {4: 96}, network="resnet50")
+    write_run(tmp_path / "c", "control", {2: 70, 4: 85})
+    write_run(tmp_path / "v", "vanilla", {2: 99, 4: top1}, val_top1=90.0)
+    write_run(tmp_path / "d", "dkd", {4: 85.2}, val_top1=60.0)
+    findings = _findings(tmp_path)
+    (row,) = [row for row in findings.gains if row.strategy == "vanilla"]
+    p = format_p(findings.gains[row][4].p)
+    expected = f"Vanilla KD (resnet18) has {top1:.2f} % at 4 bits, the control 85.00 % ({p}, one seed)."
+    assert sentence_on_distilling(findings) == said + expected
+    dkd = {row: tests for row, tests in findings.gains.items() if row.strategy == "dkd"}
+    assert sentence_on_distilling(replace(findings, gains=dkd)).startswith(
+        "Whether distilling helped can't be told: DKD"
+    )
+    assert sentence_on_distilling(replace(findings, gains={})) == ""
+
+
+def test_sizes_that_differ_by_a_name_are_equal():
+    """They draw no step into the front and start no range of their own; the next beyond 64 bytes does."""
+    assert rounded_sizes([25_410, 25_418, 44_112, 25_354, 25_353]) == [25_418, 25_418, 44_112, 25_418, 25_353]
+    assert rounded_sizes([]) == [] and rounded_sizes([7]) == [7]
+    chain = [100 + 40 * i for i in range(10)]  # equal to the largest, not to the neighbour
+    assert all(large - small <= 64 for small, large in zip(chain, rounded_sizes(chain), strict=True))
 
 
 def test_gains_are_over_the_control_of_the_same_network_and_codebook(tmp_path: Path):
@@ -274,28 +358,24 @@ def test_seeds_are_named_by_row_where_they_differ(tmp_path: Path):
 def test_gains_in_words():
     better, worse, neither = (Difference(points, 0, 0, p, 3) for points, p in ((1, 0.049), (-1, 0.01), (9, 0.05)))
 
-    def said(gains: dict[str, dict[int, Difference]]) -> str:
+    def said(gains: dict[str, dict[int, Difference]]) -> list[str]:
         rows = {name: Row("", name, "", "default", {}, name, appearances([name])[name], False) for name in gains}
-        return sentence_on_gains({rows[name]: tests for name, tests in gains.items()})
+        return gains_in_words({rows[name]: tests for name, tests in gains.items()})
 
     gains = {
-        "A": {2: better, 3: neither, 4: better, 32: better},
+        "A": {2: better, 3: neither, 4: better._replace(points=2.5, p=0.01), 32: better},
         "B": {2: worse, 3: worse, 4: worse, 32: worse},
-        "C": {2: neither, 32: neither},
+        "C": {2: neither, 32: neither._replace(runs=1)},
         "D": {2: worse, 4: better, 32: neither},
         "E": {2: neither, 32: better},
-        "F": {2: better},
     }
-    assert said(gains) == (
-        "Against the control: A better at 2, 4 bits and float; B worse at every bit width; C not distinguishable;"
-        " D better at 4 bits and worse at 2 bits; E better at float;"
-        " F better at 2 bits."
-    )
-    gains = {"A": {2: better._replace(runs=1)}, "B": {2: better}, "C": {2: neither._replace(runs=1)}}
-    assert said(gains) == (
-        "Against the control: A better at every bit width; B better at every bit width; C not distinguishable."
-        " With one seed on a side, so tested against the images' chance alone: A, C."
-    )
+    assert said(gains) == [
+        "**A**: better at 2, 4 bits and float, +1.00 to +2.50 points (p = 0.049 at most).",
+        "**B**: worse at every bit width, -1.00 points (p = 0.010 at most).",
+        "**C**: not distinguishable; one seed on a side.",
+        "**D**: better at 4 bits, +1.00 points (p = 0.049) and worse at 2 bits, -1.00 points (p = 0.010).",
+        "**E**: better at float, +1.00 points (p = 0.049).",
+    ]
 
 
 def test_choice_never_looks_at_the_test(tmp_path: Path):
@@ -303,32 +383,29 @@ def test_choice_never_looks_at_the_test(tmp_path: Path):
     write_run(tmp_path / "t", "teacher", {4: 90}, network="resnet50")
     write_run(tmp_path / "a", "vanilla", {4: 95}, val_top1=80.0)
     write_run(tmp_path / "b", "mixup", {4: 60}, val_top1=99.0)
-    rows = read_rows([tmp_path])[0]["cifar10"]
-    last = find(rows).duels[-1]
+    last = _findings(tmp_path).duels[-1]
     assert last.student.row.strategy == "mixup" and last.winner == "teacher"
-    assert choose_measurement(rows, 1e9, None)[0].row.strategy == "mixup"
+    assert choose_measurement(_findings(tmp_path), None, 95)[0].row.strategy == "mixup"
     write_run(tmp_path / "c", "dkd", {4: 95}, val_top1=99.9, partial=True)  # a trial run on a few images
-    assert choose_measurement(read_rows([tmp_path])[0]["cifar10"], 1e9, None)[0].row.strategy == "mixup"
+    assert choose_measurement(_findings(tmp_path), None, 95)[0].row.strategy == "mixup"
     write_run(tmp_path / "t", "teacher", {4: 90}, network="resnet50", val_top1=None)
     assert verdict(_findings(tmp_path).duels) is None
 
 
-def test_file_to_ship(study: Path):
-    datasets, _ = read_rows([study])
+def test_file_of_a_least_accuracy(study: Path):
+    findings = _findings(study)
     every = [
         (m.record.packed_bytes, m.record.val_top1)
-        for row in datasets["cifar10"]
+        for row in findings.rows
         for cell in row.cells.values()
         for m in cell.measurements
     ]
-    chosen = choose_measurement(datasets["cifar10"], 8000, None)[1].record
-    assert chosen.val_top1 == max(value for size, value in every if size <= 8000)
-    chosen = choose_measurement(datasets["cifar10"], None, 90)[1].record
+    chosen = choose_measurement(findings, None, 90)[1].record
     assert chosen.packed_bytes == min(size for size, value in every if value >= 90)
-    assert choose_measurement(datasets["cifar10"], 4000, 90) is None
-    said = sentence_on_shipping(datasets["cifar10"], 4000, 90)
-    assert said == " No file has at most 4 kB and at least 90 % on validation."
-    assert sentence_on_shipping(datasets["cifar10"], None, None) == ""
+    assert choose_measurement(findings, 4000, 90) is None
+    said = sentence_on_shipping(findings, 4000, 90)
+    assert said == "No file has at most 4 kB and at least 90 % on validation."
+    assert sentence_on_shipping(findings, None, None) == ""
 
 
 def test_drops_are_paired_contrasts(study: Path):
@@ -399,10 +476,10 @@ def test_methods_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     drops = {(drop.row.label, drop.bits): drop for drop in findings.drops}
     assert drops["DKD (resnet18), gpfq", 4].versus_control and not drops["DKD (resnet18), gpfq", 4].versus_teacher
     assert drops["DKD (resnet18)", 4].versus_teacher
-    assert choose_measurement(findings.rows, 3400, None)[0].label == "DKD (resnet18), gpfq, 2 bits"
+    assert choose_measurement(findings, 3400, None)[0].label == "DKD (resnet18), gpfq, 2 bits"
 
     text = write_report([tmp_path], tmp_path / "out").read_text()
-    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[1:]
     assert "88.25 ± 0.35" in tables[0] and "gpfq" not in tables[0]
     assert "76.25 ± 0.35" in tables[1] and "86.25" not in tables[1] and "7 bits" not in tables[1]
     assert f"Method `gpfq`:\n\n{tables[1]}" in text
@@ -410,8 +487,12 @@ def test_methods_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         cells = [(row["strategy"], row["method"], row["bits"]) for row in csv.DictReader(file)]
     assert len(cells) == len(set(cells)) == 14 and ("dkd", "", "32") in cells and ("dkd", "gpfq", "2") in cells
     assert "76.25" in (tmp_path / "out" / "accuracy_gpfq_cifar10.csv").read_text()
-    curves = draw_figures(findings)["accuracy_vs_bits"].axes[0].get_legend_handles_labels()[1]
-    assert curves == list(rows)
+    figures = draw_figures(findings)
+    curves = figures["accuracy_vs_bits"].axes[0].get_legend_handles_labels()[1]
+    assert curves == [label for label in rows if "gpfq" not in label]
+    panels = {axes.get_title(): axes.get_legend_handles_labels()[1] for axes in figures["methods"].axes if axes.lines}
+    assert panels["DKD (resnet18)"] == ["published (resnet18)", "default", "gpfq"]
+    assert panels["Control (resnet18)"] == ["default", "gpfq"]
 
 
 # --- broken inputs
@@ -451,7 +532,7 @@ def test_records_without_vectors(tmp_path: Path):
     assert len(notes) == 1 and "no images in correct.safetensors at 4, 32 bits" in notes[0]
     assert {drop.row.strategy for drop in find(datasets["cifar10"]).drops} == {"teacher"}
     text = write_report([tmp_path], tmp_path / "out").read_text()
-    assert "| Control (resnet18) | missing | missing | 88.00" in text and "the question stays open" in text
+    assert "| Control (resnet18) | missing | missing | 88.00" in text and "The question stays open" in text
     (tmp_path / "s" / CORRECT).write_bytes(b"broken")
     with pytest.raises(UserError, match="damaged"):
         read_rows([tmp_path])

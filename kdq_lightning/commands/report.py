@@ -3,12 +3,17 @@
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from kdq_lightning.errors import check_range
 from kdq_lightning.files import parse_bytes, write_atomically
 from kdq_lightning.report.document import ReportOptions, compose
 from kdq_lightning.report.findings import find
 from kdq_lightning.report.read_rows import read_rows
+from kdq_lightning.report.table_formats import Table
 
 
 def main(args: list[str]) -> int:
@@ -54,6 +59,19 @@ def write_report(folders: list[Path], out: Path, options: ReportOptions | None =
     report = compose([find(rows) for rows in datasets.values()], notes, options)
     for name, content in report.files.items():
         write_atomically(out / name, content)
-    print(report.answer)
+    console = Console()
+    console.print(report.answer.replace("**", ""), markup=False, highlight=False, soft_wrap=True)
+    for dataset, table in report.advice.items():
+        console.print(_shown(dataset, table))
     print(f"\nThe whole report: {out / 'report.md'}")
     return out / "report.md"
+
+
+def _shown(dataset: str, table: Table) -> RichTable:
+    """Return the first columns of a table for the terminal: the report has the whole one."""
+    shown = RichTable(title=f"\n{dataset}: what to ship", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for column, title in enumerate(table.header[:3]):
+        shown.add_column(title, justify="left" if column == 1 else "right", no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*(Text(entry.text) for entry in row[:3]))
+    return shown

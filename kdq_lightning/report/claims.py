@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from kdq_lightning.quantization.methods import MIXED_METHOD
 from kdq_lightning.report.answer import TRACK_VERDICTS, verdict
 from kdq_lightning.report.findings import Drop, Findings
-from kdq_lightning.report.formatting import format_difference
+from kdq_lightning.report.formatting import format_difference, format_p
 from kdq_lightning.report.published import NETWORKS, SHARPER_DROP, WINNER
 from kdq_lightning.report.rows import Row
 from kdq_lightning.report.significance import LEVEL, Difference
@@ -93,21 +93,24 @@ def nearly_float(drops: Sequence[Drop]) -> list[str]:
     return sentences
 
 
-def sentence_on_gains(gains: Mapping[Row, Mapping[int, Difference]]) -> str:
-    """Say at which bit widths each student is better or worse than the control; `gains` is `Findings.gains`."""
-    parts, every = [], max(map(len, gains.values()))
+def gains_in_words(gains: Mapping[Row, Mapping[int, Difference]]) -> list[str]:
+    """Say where each student is better or worse than the control, a sentence each; `gains` is `Findings.gains`."""
+    sentences, every = [], max(map(len, gains.values()))
     for row, tests in gains.items():
         if row.method == MIXED_METHOD:
             continue
-        verdicts = []
+        parts = []
         for word, sign in (("better", 1), ("worse", -1)):
-            widths = [bits for bits, test in tests.items() if _sign(test) == sign]
-            if widths:
-                verdicts.append(f"{word} at {'every bit width' if len(widths) == every else _listed(widths)}")
-        parts.append(f"{row.label} {' and '.join(verdicts) or 'not distinguishable'}")
-    single = [row.label for row, tests in gains.items() if any(test.runs == 1 for test in tests.values())]
-    doubt = f" With one seed on a side, so tested against the images' chance alone: {', '.join(single)}."
-    return f"Against the control: {'; '.join(parts)}.{doubt if single else ''}"
+            found = {bits: test for bits, test in tests.items() if _sign(test) == sign}
+            if found:
+                points = sorted((test.points for test in found.values()), key=abs)
+                by = " to ".join(dict.fromkeys(f"{value:+.2f}" for value in (points[0], points[-1])))
+                where = "every bit width" if len(found) == every else _listed(list(found))
+                p = f"{format_p(max(test.p for test in found.values()))}{' at most' if len(found) > 1 else ''}"
+                parts.append(f"{word} at {where}, {by} points ({p})")
+        single = "; one seed on a side" if any(test.runs == 1 for test in tests.values()) else ""
+        sentences.append(f"**{row.label}**: {' and '.join(parts) or 'not distinguishable'}{single}.")
+    return sentences
 
 
 def _listed(widths: Sequence[int]) -> str:

@@ -1,13 +1,13 @@
 """The report's files: report.md, section after section, and the tables and figures beside it."""
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import NamedTuple
 
 from kdq_lightning.quantization.methods import DEFAULT_METHOD
-from kdq_lightning.report.answer import answer, over_all, sentence_on_shipping, verdict
-from kdq_lightning.report.claims import section_on_claims, sentence_on_gains
+from kdq_lightning.report.answer import advice_table, answer, over_all, sentence_on_shipping, verdict
+from kdq_lightning.report.claims import gains_in_words, section_on_claims
 from kdq_lightning.report.figures import draw_figures, render
+from kdq_lightning.report.file_choice import SAME_SIZE
 from kdq_lightning.report.findings import DROP_RESAMPLES, Findings
 from kdq_lightning.report.rows import Row, by_method
 from kdq_lightning.report.significance import RESAMPLES
@@ -32,9 +32,16 @@ class ReportOptions(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The answer in sentences, and the content of every file of the report by the file's name."""
+    """What is printed, and what is written.
+
+    Attributes:
+        answer: The answer in sentences.
+        advice: What to ship under which budget, by data set.
+        files: The content of every file of the report, by the file's name.
+    """
 
     answer: str
+    advice: dict[str, Table]
     files: dict[str, bytes]
 
 
@@ -46,31 +53,30 @@ def compose(findings: Sequence[Findings], notes: Sequence[str], options: ReportO
         notes: Sentences on what a reader should know of the records.
         options: What the user asks for.
     """
-    answers = [
-        f"**{f.dataset}**: {answer(f.duels)}{sentence_on_shipping(f.rows, options.max_bytes, options.min_accuracy)}"
-        for f in findings
-    ]
+    answers = []
+    for f in findings:
+        shipping = sentence_on_shipping(f, options.max_bytes, options.min_accuracy)
+        answers.append(f"**{f.dataset}**: {answer(f)}" + (f"\n\n{shipping}" if shipping else ""))
+    sections = [INTRODUCTION, "## The answer"]
+    advice = {f.dataset: advice_table(f.duels) for f in findings if f.duels}
+    for f, text in zip(findings, answers, strict=True):
+        sections += [text, *([to_markdown(advice[f.dataset]), SHIPPING] if f.dataset in advice else [])]
     if len(findings) > 1:
         answers.append(over_all({f.dataset: verdict(f.duels) for f in findings}))
-    text = "\n\n".join(answers)
+        sections.append(answers[-1])
     files: dict[str, bytes] = {}
-    sections = [INTRODUCTION, "## The answer", text]
     for f in findings:
         figures = draw_figures(f)
         files |= {f"{name}_{f.dataset}.{kind}": render(figures[name], kind) for name in figures for kind in KINDS}
-        for method, rows in by_method(f.rows).items():
-            accuracy = measure_table(rows, "test_top1", options.published)
-            name, caption = f"accuracy_{f.dataset}", f"Top-1 accuracy on {f.dataset}, percent"
-            if method != DEFAULT_METHOD:
-                name, caption = f"accuracy_{method}_{f.dataset}", f"{caption}, method {method}"
-            files[f"{name}.csv"] = to_csv(accuracy).encode()
-            files[f"{name}.tex"] = to_latex(accuracy, caption).encode()
-        files[f"cells_{f.dataset}.csv"] = to_csv(cell_table(f.rows)).encode()
+        files |= {name: to_csv(table).encode() for name, table in tables_of(f, options.published).items()}
+        files |= _latex_tables(f, options.published)
         sections += _section(f, figures, options.published)
-    sections += ["## The published claims", *map(section_on_claims, findings)]
-    sections += ["## What this stands on", "\n".join(f"- {note}" for note in [*METHOD, *notes])]
+    sections += ["## What this stands on", "\n".join(f"- {note}" for note in [*notes, *SHORT_METHOD])]
+    details = [DETAILS, *map(section_on_claims, findings), "## How it is computed"]
+    details.append("\n".join(f"- {note}" for note in METHOD))
+    files["details.md"] = ("\n\n".join(details) + "\n").encode()
     files["report.md"] = ("\n\n".join(sections) + "\n").encode()
-    return Report(text, files)
+    return Report("\n\n".join(answers), advice, files)
 
 
 KINDS = ("svg", "png")  # formats of each figure
@@ -80,9 +86,25 @@ INTRODUCTION = """# Quantize the big network, or distil it and quantize the smal
 Accuracies are top-1 on the test set in percent, mean ± sample deviation over seeds. Every choice (the best file of a \
 size, the file to ship) is made on validation images."""
 
+SHIPPING = """Of each track the best file within the budget, on validation; ship the winner of the paired test, or the \
+smaller file where the two are not distinguishable. Differences are those of the file to ship minus the other track's. \
+`kdq report DIR --max_bytes 100kB` names one file."""
+
+BARS = """Bars: ± one sample deviation over seeds; a strategy with one seed has none. Points at the same place are \
+drawn side by side."""
+
+SHORT_METHOD = (
+    "Differences: paired bootstrap over test images and seeds, 95 % intervals in brackets, p-values adjusted (Holm).",
+    "Weights of few bits save storage and traffic; arithmetic stays float unless a kernel for them exists.",
+    "How it is computed, and the published study's claims beside these numbers: [details](details.md).",
+)
+
+DETAILS = "# The published claims, and how the report is computed"
+
 METHOD = (
     "At equal bytes: each file against the opponent's best file of no more bytes, chosen on validation. Sizes are those"
-    " of files on disk; the float network's is its float32 `.safetensors` file.",
+    " of files on disk; the float network's is its float32 `.safetensors` file. Sizes that differ by at most"
+    f" {SAME_SIZE} bytes count as equal.",
     "Differences: paired bootstrap over the test images and the seeds of each side, 95 % intervals in brackets."
     " p-values are adjusted (Holm) over the bit widths of a row against one reference, and over the budgets of a data"
     f" set, not over rows; intervals and McNemar's mid-p, that of one seed, are not. Unadjusted, {RESAMPLES:,}"
@@ -92,8 +114,45 @@ METHOD = (
     " interval.",
     "The figures' Pareto front is drawn on the test accuracies.",
     "Mutual learning: tables show the mean over peers, paired tests use the first peer.",
-    "Weights of few bits save storage and traffic; arithmetic stays float unless a kernel for them exists.",
 )
+
+
+def tables_of(findings: Findings, published: bool) -> dict[str, Table]:
+    """Return the tables that are written as CSV, by the name of the file."""
+    dataset, rows = findings.dataset, findings.rows
+    tables = {
+        f"equal_bytes_{dataset}.csv": duel_table(findings.file_duels),
+        f"loss_from_float_{dataset}.csv": drop_table(findings.drops),
+        f"cells_{dataset}.csv": cell_table(rows),
+    }
+    for method, own in by_method(rows).items():
+        name = _suffix(method, dataset)
+        tables[f"accuracy{name}.csv"] = measure_table(own, "test_top1", published)
+        tables[f"bytes{name}.csv"] = bytes_table(own)
+        if any(row in findings.gains for row in own):
+            tables[f"gain{name}.csv"] = gain_table(findings.gains, own)
+        for measure in MEASURES:
+            if MEASURES[measure].caption and any(
+                measure in cell.summaries for row in own for cell in row.cells.values()
+            ):
+                tables[f"{measure}{name}.csv"] = measure_table(own, measure)
+    return tables
+
+
+def _suffix(method: str, dataset: str) -> str:
+    """Return what the names of a method's files end in."""
+    return f"_{dataset}" if method == DEFAULT_METHOD else f"_{method}_{dataset}"
+
+
+def _latex_tables(findings: Findings, published: bool) -> dict[str, bytes]:
+    """Return the table of accuracies of each method in LaTeX, by the name of the file."""
+    files = {}
+    for method, rows in by_method(findings.rows).items():
+        caption = f"Top-1 accuracy on {findings.dataset}, percent"
+        caption += "" if method == DEFAULT_METHOD else f", method {method}"
+        table = to_latex(measure_table(rows, "test_top1", published), caption)
+        files[f"accuracy{_suffix(method, findings.dataset)}.tex"] = table.encode()
+    return files
 
 
 def _section(findings: Findings, figures: Collection[str], published: bool) -> list[str]:
@@ -110,38 +169,28 @@ def _section(findings: Findings, figures: Collection[str], published: bool) -> l
     absent = [appearance.title for strategy, appearance in STRATEGIES.items() if strategy not in known]
     blocks = [
         f"## {dataset}",
+        *(f"![{FIGURES[name]}]({name}_{dataset}.svg)" for name in FIGURES if name in figures),
+        BARS,
         f"Test accuracy; the best of a column in bold.{brackets} Seeds: {_seeds(rows)}.",
         *_table_of_each_method(rows, lambda own: measure_table(own, "test_top1", published)),
         *([f"Without any record: {', '.join(absent)}."] if absent else []),
-        f"![Accuracy against bit width](accuracy_vs_bits_{dataset}.svg)",
-        f"![Accuracy against bytes](accuracy_vs_bytes_{dataset}.svg)",
-        "### Equal bytes",
-        "Each file against the opponent's best file of no more bytes; files that their own side beats are left out.",
-        to_markdown(duel_table(findings.file_duels)),
     ]
     if findings.gains:
         blocks += [
-            "### Gain over the control",
-            sentence_on_gains(findings.gains),
-            "Test accuracy minus that of the same network trained without a teacher, at equal bits, in points.",
-            *_table_of_each_method(rows, lambda own: gain_table(findings.gains, own)),
+            "Against the control, the same network trained without a teacher, at equal bits:",
+            "\n".join(f"- {sentence}" for sentence in gains_in_words(findings.gains)),
         ]
-    blocks += [
-        "### Loss from float",
-        "Points lost from float to b bits, and that minus the control's and the teacher's loss.",
-        to_markdown(drop_table(findings.drops)),
-        "### Bytes of the files",
-        *_table_of_each_method(rows, bytes_table),
-        "### Fidelity",
-    ]
-    for name, measure in MEASURES.items():
-        having = [row for row in rows if any(name in cell.summaries for cell in row.cells.values())]
-        if measure.caption and having:
-            blocks.append(f"{measure.caption}:")
-            blocks += _table_of_each_method(having, partial(measure_table, measure=name))
-        if measure.caption and name in figures:
-            blocks.append(f"![{measure.caption}]({name}_{dataset}.svg)")
-    return blocks
+    more = ", ".join(f"[{name.removesuffix(f'_{dataset}.csv')}]({name})" for name in tables_of(findings, published))
+    pictures = ", ".join(f"[{name}]({name}_{dataset}.svg)" for name in figures if name not in FIGURES)
+    return [*blocks, f"As CSV: {more}." + (f" More figures: {pictures}." if pictures else "")]
+
+
+FIGURES = {
+    "accuracy_vs_bytes": "Accuracy against bytes of the file",
+    "accuracy_vs_bits": "Accuracy against bits a weight; dashed lines are float networks",
+    "methods": "Accuracy against bits of each method, and of the published study",
+}
+"""The figures that the report shows, with their captions; it links the others."""
 
 
 def _table_of_each_method(rows: Sequence[Row], table_of: Callable[[Sequence[Row]], Table]) -> list[str]:

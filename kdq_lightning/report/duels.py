@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from kdq_lightning.errors import UserError
-from kdq_lightning.report.file_choice import budget_ranges, choose_file, pareto_front
+from kdq_lightning.report.file_choice import budget_ranges, choose_file, pareto_front, rounded_sizes
 from kdq_lightning.report.rows import Cell, Row, size_label, whole_rows
 from kdq_lightning.report.significance import LEVEL, Difference, McNemar, holm_adjusted, mcnemar, paired_bootstrap
 
@@ -19,20 +19,17 @@ class File:
     Attributes:
         row: The row.
         bits: The bit width; of mixed bits the budget in bytes.
+        size: Bytes that count in comparisons: of files of nearly one size, those of the largest (`rounded_sizes`).
     """
 
     row: Row
     bits: int
+    size: int
 
     @property
     def cell(self) -> Cell:
         """The row's cell at this bit width."""
         return self.row.cells[self.bits]
-
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-        return self.cell.packed_bytes
 
     @property
     def validation_top1(self) -> float:
@@ -80,11 +77,12 @@ class Duel:
 
 def files_of(rows: Sequence[Row]) -> list[File]:
     """Return each file of the rows once: rows of different methods share their float network."""
-    files: dict[Cell, File] = {}
+    places: dict[Cell, tuple[Row, int]] = {}
     for row in rows:
         for bits, cell in row.cells.items():
-            files.setdefault(cell, File(row, bits))
-    return list(files.values())
+            places.setdefault(cell, (row, bits))
+    sizes = rounded_sizes([cell.packed_bytes for cell in places])
+    return [File(row, bits, size) for (row, bits), size in zip(places.values(), sizes, strict=True)]
 
 
 def comparable_files(rows: Sequence[Row]) -> tuple[list[File], list[File]]:

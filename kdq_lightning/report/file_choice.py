@@ -3,6 +3,22 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+SAME_SIZE = 64  # bytes: the header's names and numbers alone make files of one network differ by some
+
+
+def rounded_sizes(sizes: Sequence[int]) -> list[int]:
+    """Return for each size the largest of those that count as equal to it: the next is at most `SAME_SIZE` above.
+
+    Args:
+        sizes: Bytes of each file.
+    """
+    rounded: dict[int, int] = {}
+    descending = sorted(set(sizes), reverse=True)
+    for above, size in zip([None, *descending], descending, strict=False):
+        near = above is not None and rounded[above] - size <= SAME_SIZE
+        rounded[size] = rounded[above] if above is not None and near else size
+    return [rounded[size] for size in sizes]
+
 
 class Range(NamedTuple):
     """A range of budgets within which each side's best file stays the same.

@@ -44,6 +44,11 @@ def published_top1(dataset: str, strategy: str, bits: int) -> float | None:
     return row[BITS.index(bits)] if row and bits in BITS else None
 
 
+def published_curves(dataset: str) -> dict[str, tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Return the published accuracies of quantized networks, bit widths and percent, by strategy."""
+    return {strategy: (BITS[:-1], row[:-1]) for strategy, row in TOP1.get(dataset, {}).items()}
+
+
 def published_drop(dataset: str, strategy: str, bits: int) -> float | None:
     """Return the published loss of accuracy from float to this bit width in points, None where there is none."""
     quantized, mixed = (published_top1(dataset, strategy, width) for width in (bits, 32))

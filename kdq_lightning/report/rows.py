@@ -168,6 +168,11 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {method: [row for row in rows if row.method == method] for method in methods}
 
 
+def trained_label(row: Row) -> str:
+    """Return the label of a row without its method: rows that share a trained network have it in common."""
+    return row.label.replace(f", {row.method}", "", 1)
+
+
 def method_order(method: str) -> tuple[bool, str]:
     """Return the key by which methods are sorted: `DEFAULT_METHOD` first, then by name."""
     return method != DEFAULT_METHOD, method

@@ -32,6 +32,11 @@ class Difference(NamedTuple):
     p: float
     runs: int
 
+    @property
+    def reversed(self) -> "Difference":
+        """Second minus first."""
+        return self._replace(points=-self.points, low=-self.high, high=-self.low)
+
 
 class McNemar(NamedTuple):
     """McNemar's test of two classifiers on the same images.
