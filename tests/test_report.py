@@ -152,7 +152,9 @@ def test_unknown_strategies_in_all_figures_and_tables(tmp_path: Path):
         "ece": 1,
         "relative_error": 1,
     }
-    assert "another (resnet18) has 82.00 % at 4 bits" in text and "another (resnet18), 2" in tables["equal_bytes_cifar10"]
+    assert (
+        "another (resnet18) has 82.00 % at 4 bits" in text and "another (resnet18), 2" in tables["equal_bytes_cifar10"]
+    )
     assert "- another (resnet18) drops more sharply" in details and "- another (resnet18) loses" in details
     with (tmp_path / "out" / "cells_cifar10.csv").open() as file:
         assert len([row for row in csv.DictReader(file) if row["strategy"] == "my_distillation"]) == 3
