@@ -1,6 +1,7 @@
-"""The README's numbers are those of the committed records."""
+"""The numbers of the README and of docs/ are those of the committed records; their links lead somewhere."""
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -20,7 +21,7 @@ BITS = (2, 3, 4, 5, 8)
 
 
 def test_accuracies_of_the_engine():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| resnet")]
     assert len(rows) == 7
     for name, network, method, levels, *cells in rows:
@@ -31,7 +32,8 @@ def test_accuracies_of_the_engine():
         expected = [f"{mean(found[method, bits]['top1']):.2f}" if (method, bits) in found else "-" for bits in BITS]
         assert cells == expected
     five = next(cells[3] for name, _, method, _, *cells in rows if (name, method) == ("resnet20-cifar10", "default"))
-    assert f"has {five} % in the file of 5 bits" in text  # said of the study's students, too
+    readme = (ROOT / "README.md").read_text()
+    assert f"has {five} % in the file of 5 bits" in readme  # said of the study's students, too
 
 
 def test_every_method_solver_and_codebook_is_explained():
@@ -119,3 +121,9 @@ def files_table() -> str:
             cells = " | ".join(f"{files[name] / 1e3:,.0f}" for name in names)
             lines.append(f"| {network} | {bits} | {cells} |")
     return "\n".join(lines)
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *RESULTS.rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"
