@@ -12,6 +12,7 @@ from torch import nn
 from kdq_lightning.bench import quantization
 from kdq_lightning.bench.quantization_accuracy import measure_accuracy, peak_memory
 from kdq_lightning.bench.quantization_speed import floor, measure_speed
+from kdq_lightning.bench.solver_profile import profile_layer
 from kdq_lightning.data.normalization import Statistics
 from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import Split
@@ -146,12 +147,21 @@ def test_command(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(quantization, "CIFARDataModule", FewImages)
     monkeypatch.setenv("COLUMNS", "160")
     plain = [f"--weights={tmp_path / 'net.safetensors'}", "--network=resnet8", "--mean", "0.5", "0.5", "0.5"]
-    args = parse(*plain, "--std", "1", "1", "1", "--images=8", "--draws=2", "--bits=[2]", "--repeats=0")
+    args = parse(*plain, "--std", "1", "1", "1", "--images=8", "--draws=2", "--bits=[2]", "--repeats=0", "--columns=80")
     figures = quantization.run(args)
     printed = capsys.readouterr().out
     assert "gpfq" in printed and "gpfq/paper" in printed and "peak GiB" in printed
     assert json.loads(json.dumps(figures))["accuracies"][1]["method"] == "gpfq"
+    assert "choose_scale" in printed and "coordinate_descent" in printed
     assert "speeds" not in figures and len(figures["accuracies"][1]["top1"]) == 2
+
+
+def test_steps_of_a_layer_add_up_to_the_solver():
+    collect, whole, *steps = profile_layer(300, 40)
+    assert (collect.name, whole.name) == ("collect", "solve") and min(collect.seconds, whole.seconds) > 0
+    assert {"choose_scale", "greedy", "coordinate_descent", "least_squares"} <= {step.name for step in steps}
+    assert sum(step.seconds for step in steps) == pytest.approx(whole.seconds)
+    assert [step.seconds for step in steps] == sorted((step.seconds for step in steps), reverse=True)
 
 
 def test_unknown_method_is_named():

@@ -12,6 +12,7 @@ from kdq_lightning.bench.measure import hardware, print_table
 from kdq_lightning.bench.peers import PEERS
 from kdq_lightning.bench.quantization_accuracy import COMPARED, Accuracy, QuantizationCost, measure_accuracy
 from kdq_lightning.bench.quantization_speed import Speed, measure_speed
+from kdq_lightning.bench.solver_profile import Step, profile_layer
 from kdq_lightning.data.datamodules import CIFARDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import Split
@@ -32,6 +33,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=5, help="Calibration draws; 0 leaves the accuracies out.")
     parser.add_argument("--speed_images", type=int, default=512, help="Calibration images of the timings.")
     parser.add_argument("--repeats", type=int, default=5, help="Repeats of the timings; 0 leaves them out.")
+    parser.add_argument("--columns", type=int, default=4608, help="Of the layer that is profiled; 0 leaves it out.")
+    parser.add_argument("--neurons", type=int, default=512, help="Of the layer that is profiled.")
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -60,6 +63,10 @@ def run(args: Namespace) -> dict[str, Any]:
         speeds = measure_speed(model, data.normalize(_draw(data, args.speed_images, 0)), args.repeats)
         print_speeds(f"{trained.network}, processor seconds on one thread, median of {args.repeats}", speeds)
         figures["speeds"] = list(map(asdict, speeds))
+    if args.columns:
+        steps = profile_layer(args.columns, args.neurons)
+        print_steps(f"A layer of {args.columns} columns and {args.neurons} neurons, 4 bits, one thread", steps)
+        figures["layer"] = list(map(asdict, steps))
     return figures
 
 
@@ -122,3 +129,10 @@ def print_speeds(title: str, rows: Sequence[Speed]) -> None:
             for row in rows
         ],
     )
+
+
+def print_steps(title: str, steps: Sequence[Step]) -> None:
+    """Print the seconds of each step of a layer, and its share of the solver's."""
+    whole = next(step.seconds for step in steps if step.name == "solve")
+    header = ("step", "processor seconds", "share of solve")
+    print_table(title, header, [(s.name, f"{s.seconds:.2f}", f"{s.seconds / whole:.0%}") for s in steps])
