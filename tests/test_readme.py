@@ -10,7 +10,7 @@ import yaml
 
 from kdq_lightning.cli import main
 from kdq_lightning.quantization.codebooks import CODEBOOKS
-from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS
+from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS, MIXED_METHOD
 from kdq_lightning.quantization.solvers import SOLVERS
 from kdq_lightning.report.published import TOP1
 from kdq_lightning.runs.records import FLOAT_BITS, find_records
@@ -39,7 +39,11 @@ def test_accuracies_of_the_engine():
 def test_every_method_solver_and_codebook_is_explained():
     """A row each, in the table of its kind."""
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
-    for kind, names in (("method", [*METHODS, CUSTOM_METHOD]), ("solver", SOLVERS), ("codebook", CODEBOOKS)):
+    for kind, names in (
+        ("method", [*METHODS, CUSTOM_METHOD, MIXED_METHOD]),
+        ("solver", SOLVERS),
+        ("codebook", CODEBOOKS),
+    ):
         rows = " ".join(line.split(" | ")[0] for line in lines if line.startswith(f"| {kind}"))
         assert sorted(rows.split("`")[1::2]) == sorted(names)
 
@@ -104,6 +108,42 @@ def test_bytes_of_the_files():
     """The table of docs/standard_files.md is that of the records."""
     text = (ROOT / "docs" / "standard_files.md").read_text()
     assert files_table() in text
+
+
+def test_accuracies_of_mixed_bits():
+    """The table of docs/mixed_bits.md is that of the records."""
+    text = (ROOT / "docs" / "mixed_bits.md").read_text()
+    assert mixed_table() in text
+
+
+def mixed_table() -> str:
+    """Return the accuracies in results/engine/mixed-*.json as a Markdown table, percent."""
+    lines = [
+        "| network | draws | bytes of | kB | uniform | random | mixed | won back |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for path in sorted((RESULTS / "engine").glob("mixed-*.json")):
+        record = json.loads(path.read_text())
+        found = {(row["method"], row["size"]): row for row in record["choices"]}
+        top = {key: mean(row["top1"]) for key, row in found.items()}
+        whole = top["float", ""]
+        for (method, size), row in found.items():
+            if method != "mixed":
+                continue
+            other = "uniform" if ("uniform", size) in top else "first and last at 8 bits"
+            name = size.removesuffix(", first and last at 8") if other != "uniform" else size
+            rival = top.get((other, name))
+            won = (
+                "-"
+                if rival is None or rival >= whole
+                else f"{100 * (top[method, size] - rival) / (whole - rival):.0f} %"
+            )
+            kilobytes = mean(row["file_bytes"]) / 1000
+            cells = [f"{value:.2f}" if value is not None else "-" for value in (rival, top.get(("random", size)))]
+            cells += [f"{top[method, size]:.2f}", won]
+            label = f"{record['network']}, float {whole:.2f}"
+            lines.append(f"| {label} | {record['draws']} | {size} | {kilobytes:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def files_table() -> str:

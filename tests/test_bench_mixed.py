@@ -1,0 +1,69 @@
+"""The benchmark of mixed bits: each choice is what its name says, and of the bytes that it is compared at."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from safetensors.torch import save_file
+
+from kdq_lightning.bench import mixed
+from kdq_lightning.data.datamodules import CIFARDataModule
+from kdq_lightning.networks import build_network
+
+
+def test_choices_and_their_bytes():
+    torch.manual_seed(0)
+    network = build_network("resnet8", 10).eval()
+    found = mixed.quantized_networks(network, torch.randn(48, 3, 8, 8), [2, 3], 2, seed=1)
+    by_name = {}
+    for method, size, result in found:
+        by_name.setdefault((method, size), []).append(result)
+    assert {key: len(results) for key, results in by_name.items() if key[0] == "random"} == {
+        ("random", "2 bits"): 2,
+        ("random", "3 bits"): 2,
+    }
+    for bits in (2, 3):
+        (uniform,), (raised,) = by_name["uniform", f"{bits} bits"], by_name["first and last at 8 bits", f"{bits} bits"]
+        assert {weight.bits for weight in uniform.weights.values()} == {bits}
+        inner = list(raised.weights.values())
+        assert [inner[0].bits, inner[-1].bits, *{weight.bits for weight in inner[1:-1]}] == [8, 8, bits]
+        for rival, name in ((uniform, f"{bits} bits"), (raised, f"{bits} bits, first and last at 8")):
+            (ours,) = by_name["mixed", name]
+            assert rival.file_bytes() - 150 < ours.file_bytes() <= rival.file_bytes()
+        sizes = [result.file_bytes() for result in by_name["random", f"{bits} bits"]]
+        # A random network may have a layer that solving doesn't improve: rounded plainly, it gains no bias.
+        assert all(uniform.file_bytes() - 400 < size <= uniform.file_bytes() + 300 for size in sizes)
+        grids = [[len(w.grid) for w in result.weights.values()] for result in by_name["random", f"{bits} bits"]]
+        assert grids[0] != grids[1]
+    low, half, high = (
+        by_name[key][0].file_bytes()
+        for key in (("uniform", "2 bits"), ("mixed", "half-way from 2 to 3 bits"), ("uniform", "3 bits"))
+    )
+    assert abs(half - (low + high) / 2) < 150
+
+
+def test_the_command(images: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch):
+    """Figures are written after each draw, with every accuracy of every choice."""
+    torch.manual_seed(0)
+    save_file(build_network("resnet8", 10).state_dict(), "weights.safetensors")
+    parser = ArgumentParser()
+    mixed.add_arguments(parser)
+    parser.add_argument("--json", type=Path)
+    monkeypatch.setattr(mixed, "CIFARDataModule", partial(CIFARDataModule, val_size=0.2))
+    options = ["--weights=weights.safetensors", "--network=resnet8"]
+    options += ["--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]
+    options += [f"--root={images}", "--bits=[2]", "--images=16", "--draws=2", "--random=1", "--json=figures.json"]
+    figures = mixed.run(parser.parse_args(options))
+    assert json.loads(Path("figures.json").read_text()) == figures
+    assert figures["draws"] == 2 and figures["test_images"] == 30
+    assert [(row["method"], len(row["top1"])) for row in figures["choices"]] == [
+        ("float", 1),
+        ("uniform", 2),
+        ("first and last at 8 bits", 2),
+        ("mixed", 2),
+        ("mixed", 2),
+        ("random", 2),
+    ]
