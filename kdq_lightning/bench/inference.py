@@ -31,6 +31,7 @@ HONEST = (
     " Only a kernel that computes in fewer bits could be faster; the row of onnxruntime int8 shows whether it is here."
 )
 _SIDE, _CLASSES = 32, 10
+_SHAPE = (3, _SIDE, _SIDE)
 _REFERENCE = "torch float32"
 
 
@@ -216,10 +217,10 @@ def _cuda_engine(network: nn.Module) -> Engine:
 
 def _onnx_engines(network: nn.Module, low_bit: Mapping[int, Quantized]) -> list[Engine]:
     """Return onnxruntime on files of float32, of low-bit weights both ways, and of int8 arithmetic."""
-    files = {"onnxruntime float32": onnx_bytes(network, {}, {}, "float")}
+    files = {"onnxruntime float32": onnx_bytes(network, {}, {}, _SHAPE, "float")}
     for bits, result in low_bit.items():
         for kind in ("planes", "qdq"):
-            content = onnx_bytes(result.model, result.weights, {}, kind)
+            content = onnx_bytes(result.model, result.weights, {}, _SHAPE, kind)
             files[f"onnxruntime {kind}, {bits} bits"] = content
     files["onnxruntime int8"] = _int8_bytes(files["onnxruntime float32"])
     return [Engine(name, onnx_session(content), content, "onnx") for name, content in files.items()]

@@ -8,7 +8,8 @@ import torch
 
 from kdq_lightning.commands.arguments import OneLineErrors
 from kdq_lightning.commands.onnx_export import KINDS, check_onnx, onnx_bytes, silence
-from kdq_lightning.errors import UserError
+from kdq_lightning.commands.onnx_weights import bits_of_a_weight
+from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.files import write_atomically
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization.packing import is_packed, read_weights
@@ -17,7 +18,8 @@ from kdq_lightning.runs.class_names import shorten_names
 from kdq_lightning.runs.state_dicts import METADATA_KEY
 from kdq_lightning.runs.trained_network import TrainedNetwork, state_dict_bytes
 
-IMAGE_SHAPE = (3, 32, 32)  # of files that don't say what images their network was trained on
+DEFAULT_SIDE = 32
+"""Side in pixels of the images that a network is exported with where neither its file nor the user says it."""
 
 
 def main(args: list[str]) -> int:
@@ -34,6 +36,13 @@ def main(args: list[str]) -> int:
         help="How an ONNX file stores quantized weights: bit planes (default), integers, or float32.",
     )
     parser.add_argument("--out", type=Path, required=True, help="The file; missing folders are made.")
+    parser.add_argument(
+        "--image_size",
+        type=int | None,
+        default=None,
+        help="Side in pixels of the images that the network is exported with; default: of those that it was trained"
+        f" on, where the file says it, else {DEFAULT_SIDE}.",
+    )
     add_network_arguments(parser)
     options = parser.parse_args(args)
     options.out = options.out.expanduser()
@@ -42,16 +51,17 @@ def main(args: list[str]) -> int:
         raise UserError(f"--out {options.out} is the file that is exported: choose another name")
     if options.weights is not None and options.to != "onnx":
         raise UserError(f"--weights belongs to --to onnx, and --to {options.to} writes float32: leave it out")
-    if options.to == "onnx":
-        content, remark = to_onnx(trained, options.weights)
-    elif options.to == "state_dict":
+    if options.to == "state_dict":
         content, remark = to_state_dict(trained, options.out.suffix)
+    elif options.to == "onnx":
+        content, remark = to_onnx(trained, options.weights, image_shape(trained, options.image_size))
     else:
-        content, remark = to_torch_export(trained)
+        content, remark = to_torch_export(trained, image_shape(trained, options.image_size))
     write_atomically(options.out, content)
     print(f"{options.out}: {_describe(trained)}, {len(content) / 1e6:.2f} MB; {remark}")
     mean, std = map(list, trained.statistics)
-    print(f"inputs: RGB images in [0, 1], minus {mean}, divided by {std}")
+    kind = "RGB images" if len(mean) == 3 else f"images of {len(mean)} channels"
+    print(f"inputs: {kind} in [0, 1], minus {mean}, divided by {std}")
     return 0
 
 
@@ -61,6 +71,32 @@ def _describe(trained: TrainedNetwork) -> str:
     names = f" ({shorten_names(trained.class_names)})" if trained.class_names else ""
     data = f"{trained.dataset}, " if trained.dataset else ""
     return f"{trained.network}, {parameters:,} numbers, {data}{trained.num_classes} classes{names}"
+
+
+def image_shape(trained: TrainedNetwork, side: int | None) -> tuple[int, int, int]:
+    """Return channels, height and width of the images that a network is exported with.
+
+    Args:
+        trained: The network; it expects as many channels as its mean has values.
+        side: Height and width in pixels; of None those of the images that it was trained on, where its file says
+            them, else `DEFAULT_SIDE`.
+
+    Raises:
+        UserError: If the side is not at least 1, or the network doesn't take such images.
+    """
+    known = trained.image_shape or (len(trained.statistics.mean), DEFAULT_SIDE, DEFAULT_SIDE)
+    shape = known if side is None else (known[0], side, side)
+    check_range("image_size", min(shape[1:]), low=1, including_low=True)
+    try:
+        with torch.no_grad():
+            trained.build()(torch.zeros(1, *shape))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise UserError(
+            f"{trained.network} doesn't take images of {' x '.join(map(str, shape))} ({reason}): give their side in"
+            " pixels as --image_size"
+        ) from error
+    return shape
 
 
 def to_state_dict(trained: TrainedNetwork, suffix: str) -> tuple[bytes, str]:
@@ -99,13 +135,14 @@ def to_state_dict(trained: TrainedNetwork, suffix: str) -> tuple[bytes, str]:
     return content.getvalue(), remark
 
 
-def to_onnx(trained: TrainedNetwork, kind: str | None) -> tuple[bytes, str]:
+def to_onnx(trained: TrainedNetwork, kind: str | None, shape: tuple[int, int, int]) -> tuple[bytes, str]:
     """Return an ONNX file that onnxruntime has read with torch's outputs, and a remark for the user.
 
     Args:
         trained: The network.
         kind: How the file stores quantized weights, a key of `onnx_export.KINDS`; bit planes if not given, and float32
             of a network that has none.
+        shape: Channels, height and width of the images that it is exported with.
 
     Raises:
         UserError: If the extra [onnx] is missing, the kind doesn't fit, or onnxruntime computes something else.
@@ -115,29 +152,34 @@ def to_onnx(trained: TrainedNetwork, kind: str | None) -> tuple[bytes, str]:
     if kind != "float" and not weights:
         raise UserError(f"{trained.path} has no quantized weights: give a packed file, or --weights float")
     network = trained.build()
-    image_size = trained.image_shape or IMAGE_SHAPE
-    content = onnx_bytes(network, weights, trained.metadata(), kind, image_size)
+    content = onnx_bytes(network, weights, trained.metadata(), shape, kind)
     tolerance = 1e-6 if kind == "qdq" else 0.0
-    difference = check_onnx(content, network, weights, image_size, weight_tolerance=tolerance)
+    difference = check_onnx(content, network, weights, shape, weight_tolerance=tolerance)
     remark = f"weights as {KINDS[kind]}; largest difference to torch {difference:.1e}"
     if weights:
         remark += f"; the packed file has {trained.path.stat().st_size / 1e6:.3f} MB"
+    if kind == "planes":
+        remark += "; {:.2f} planes a weight where packing takes {:.2f} bits".format(*bits_of_a_weight(weights))
     if kind == "qdq":
         remark += "; onnxruntime repeats DequantizeLinear in every run unless session.disable_quant_qdq is 1"
     return content, remark
 
 
 @torch.no_grad()
-def to_torch_export(trained: TrainedNetwork) -> tuple[bytes, str]:
+def to_torch_export(trained: TrainedNetwork, shape: tuple[int, int, int]) -> tuple[bytes, str]:
     """Return a `torch.export` program of the dequantized network, which loads without this package; and a remark.
 
-    `torch.export.load(path).module()` maps images (batch, channels, h, w) of the size that the network was trained on
-    to logits; what it was trained on is the file's `metadata.json` (`torch.export.load(path, extra_files={...})`).
+    `torch.export.load(path).module()` maps images (batch, channels, h, w) to logits; what the network was trained on is
+    the file's `metadata.json` (`torch.export.load(path, extra_files={...})`).
+
+    Args:
+        trained: The network.
+        shape: Channels, height and width of the images: the program takes no others.
 
     Raises:
         UserError: If torch can't export the network.
     """
-    network, shape = trained.build(), trained.image_shape or IMAGE_SHAPE
+    network = trained.build()
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     try:
         with silence():
@@ -153,7 +195,8 @@ def to_torch_export(trained: TrainedNetwork) -> tuple[bytes, str]:
         images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
         if not torch.allclose(loaded(images), network(images), rtol=1e-4, atol=1e-5):
             raise UserError("the exported program computes other logits than the network: nothing was written")
-    return content.getvalue(), "float32; read it with torch.export.load(path).module()"
+    takes = " x ".join(map(str, shape))
+    return content.getvalue(), f"float32, images of {takes}; read it with torch.export.load(path).module()"
 
 
 TARGETS = ("state_dict", "onnx", "torch_export")

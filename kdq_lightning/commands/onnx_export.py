@@ -8,8 +8,9 @@ computes once, while it loads the file. What is written has been run by onnxrunt
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,8 +35,8 @@ def onnx_bytes(
     network: nn.Module,
     weights: Mapping[str, QuantizedWeight],
     metadata: Mapping[str, str],
+    shape: tuple[int, int, int],
     kind: str = "planes",
-    image_size: tuple[int, int, int] = (3, 32, 32),
 ) -> bytes:
     """Return a network as an ONNX file: `images` (batch, channels, height, width) to `logits` (batch, classes).
 
@@ -43,9 +44,9 @@ def onnx_bytes(
         network: In eval mode, on the CPU, with the weights that `weights` stand for.
         weights: The quantized weights by layer; none of a float network.
         metadata: What the file tells its reader.
+        shape: Channels, height and width of an image that the network takes; height and width are free in the
+            file, where the network takes other ones.
         kind: A key of `KINDS`: how quantized weights are stored.
-        image_size: Channels, height and width of an image that the network takes; height and width are free in the
-            file.
 
     Raises:
         UserError: If the extra [onnx] is missing or too old, torch can't export the network, or `qdq` can't hold a
@@ -59,7 +60,7 @@ def onnx_bytes(
     kept = weights if kind != "float" else {}
     types = {name: integer_type(name, weight) for name, weight in kept.items()} if kind == "qdq" else {}
     opset = max((OPSETS[integer] for integer in types.values()), default=18)
-    program = _exported(network, image_size, opset)
+    program = _exported(network, shape, opset)
     model = program.model
     inputs = {name: _as_input(model.graph, name, weight) for name, weight in kept.items()}
     with silence():
@@ -72,19 +73,21 @@ def onnx_bytes(
             builder.from_planes(weight)
     model.ir_version = max([model.ir_version, *(IR_VERSIONS[integer] for integer in types.values())])
     _tidy(model, dict(metadata))
+    if kept:
+        _shorten_names(model.graph, {value.name for value in inputs.values()})
     content: bytes = program.model_proto.SerializeToString()
     return content
 
 
-def _exported(network: nn.Module, image_size: tuple[int, int, int], opset: int) -> Any:  # noqa: ANN401
+def _exported(network: nn.Module, shape: tuple[int, int, int], opset: int) -> Any:  # noqa: ANN401
     """Return torch's ONNX program of the network, not optimized yet."""
-    free = torch.export.Dim.DYNAMIC
+    free, free_if_possible = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
     try:
         with silence():
             program = torch.onnx.export(
-                network, (torch.zeros(2, *image_size),), dynamo=True, verbose=False, optimize=False,
-                input_names=["images"], output_names=["logits"], dynamic_shapes=({0: free, 2: free, 3: free},),
-                opset_version=opset,
+                network, (torch.zeros(2, *shape),), dynamo=True, verbose=False, optimize=False,
+                input_names=["images"], output_names=["logits"], opset_version=opset,
+                dynamic_shapes=({0: free, 2: free_if_possible, 3: free_if_possible},),
             )  # fmt: skip
     except Exception as error:  # torch wraps whatever it met
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
@@ -139,6 +142,24 @@ def _tidy(model: "ir.Model", metadata: dict[str, str]) -> None:
     model.metadata_props.update(metadata)
 
 
+def _shorten_names(graph: "ir.Graph", weights: Collection[str | None]) -> None:
+    """Give short names to all tensors but the inputs, the outputs and the weights.
+
+    A name stands in the file wherever its tensor is used: the four of a BatchNorm took more bytes than its layer's
+    codes may cost beside the packed file.
+
+    Args:
+        graph: Of the file.
+        weights: Names of the dequantized weights, which keep them: a reader finds each layer by its weight.
+    """
+    kept = {value.name for value in (*graph.inputs, *graph.outputs)} | set(weights)
+    numbers = count()
+    stored = list(graph.initializers.values())
+    for value in (*stored, *(output for node in graph.all_nodes() for output in node.outputs)):
+        if value.name not in kept:
+            value.name = f"{'t' if value in stored else 'v'}{next(numbers)}"
+
+
 def onnx_session(content: bytes | str, fold: bool = True) -> Callable[[Tensor], Tensor]:
     """Return a function from images (batch, channels, h, w) to logits (batch, classes) of onnxruntime on the CPU.
 
@@ -162,7 +183,7 @@ def check_onnx(
     content: bytes,
     network: nn.Module,
     weights: Mapping[str, QuantizedWeight],
-    image_size: tuple[int, int, int] = (3, 32, 32),
+    shape: tuple[int, int, int],
     weight_tolerance: float = 0.0,
 ) -> float:
     """Run an ONNX file in onnxruntime beside torch, and return the largest difference of a logit.
@@ -171,20 +192,20 @@ def check_onnx(
         content: The file.
         network: What it was made of.
         weights: The weights that must come out, by layer.
-        image_size: Channels, height and width of an image that the network takes.
+        shape: Channels, height and width of an image that the network takes.
         weight_tolerance: Largest relative difference of a weight; 0 is to the bit.
 
     Raises:
         UserError: If a weight differs by more than the tolerance, or a logit by more than rounding explains.
     """
-    for name, computed in _computed_weights(content, weights, image_size).items():
+    for name, computed in _computed_weights(content, weights, shape).items():
         if not np.allclose(computed, weights[name].dequantize().numpy(), rtol=weight_tolerance, atol=0):
             raise UserError(f"onnxruntime computes other weights of layer {name}: nothing was written")
     run = onnx_session(content)
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for batch in (1, 5, 2):
-        images = torch.randn((batch, *image_size), generator=generator)
+        images = torch.randn((batch, *shape), generator=generator)
         expected, found = network(images), run(images)
         difference = float((found - expected).abs().max())
         if not difference <= TOLERANCE * float(expected.abs().max()):
@@ -194,7 +215,7 @@ def check_onnx(
 
 
 def _computed_weights(
-    content: bytes, weights: Mapping[str, QuantizedWeight], image_size: tuple[int, int, int]
+    content: bytes, weights: Mapping[str, QuantizedWeight], shape: tuple[int, int, int]
 ) -> dict[str, NDArray[np.float32]]:
     """Return the weights that onnxruntime computes from a file, by layer: those that nodes of the file give."""
     import onnx
@@ -210,7 +231,7 @@ def _computed_weights(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    images = {value.name: np.zeros((1, *image_size), np.float32) for value in session.get_inputs()}
+    images = {value.name: np.zeros((1, *shape), np.float32) for value in session.get_inputs()}
     return dict(zip(names, session.run(list(names.values()), images), strict=True))
 
 
