@@ -21,7 +21,7 @@ from kdq_lightning.modules.optimization import (
 )
 from kdq_lightning.modules.schedule import one_cycle
 from kdq_lightning.modules.scores import Scores
-from kdq_lightning.modules.strategy_names import check_strategy
+from kdq_lightning.modules.strategy_check import check_strategy
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.training_epoch import TrainingEpoch
 from kdq_lightning.networks import NETWORKS, build_network, check_images, pretrained_state
