@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from kdq_lightning.runs.versions import (
+    claim_version,
     is_finished,
     is_version,
     mark_finished,
@@ -50,3 +51,12 @@ def test_a_run_that_is_not_there(tmp_path: Path):
     gone = tmp_path / "gone"
     assert versions(gone) == [] and next_number(gone) == 0
     assert newest_version(gone) is newest_finished(gone) is newest_unfinished(gone) is None
+
+
+def test_two_runs_that_start_at_once(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both find the same next number, and each gets a folder of its own."""
+    monkeypatch.setattr("kdq_lightning.runs.versions.next_number", lambda run: 11)
+    assert [claim_version(run) for _ in range(3)] == [11, 12, 13]
+    assert newest_version(run) == version_folder(run, 13)
+    monkeypatch.undo()
+    assert claim_version(run / "new") == 0 and is_version(run / "new" / "version_0")

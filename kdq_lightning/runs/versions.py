@@ -31,6 +31,17 @@ def next_number(run: Path) -> int:
     return max(map(version_number, versions(run)), default=-1) + 1
 
 
+def claim_version(run: Path) -> int:
+    """Make the folder of a run's next version and return its number, which no other process gets."""
+    number = next_number(run)
+    while True:
+        try:
+            version_folder(run, number).mkdir(parents=True)
+            return number
+        except FileExistsError:  # a run that started at the same moment has made it
+            number += 1
+
+
 def is_version(folder: Path) -> bool:
     """Return whether a folder exists and is a version of some run."""
     return folder.is_dir() and version_number(folder) >= 0

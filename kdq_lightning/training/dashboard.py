@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard import SummaryWriter
 
 from kdq_lightning.runs.records import LayerRecord, Record
-from kdq_lightning.runs.versions import next_number, version_folder
+from kdq_lightning.runs.versions import claim_version, next_number
 from kdq_lightning.training.curves import SUMMARY_TAGS, charts, points_of
 from kdq_lightning.training.lightning_internals import write_hyperparameters, write_margin_charts
 from kdq_lightning.training.result_tables import markdown_table
@@ -41,19 +41,9 @@ class Dashboard(TensorBoardLogger):
     def version(self) -> int:
         """The run's number; the folder is made with it, so two runs that start at once never share one."""
         if self._claimed is None:
-            self._claimed = self._claim()
+            is_rank_zero = getattr(rank_zero_only, "rank", 0) == 0
+            self._claimed = (claim_version if is_rank_zero else next_number)(Path(self.root_dir))
         return self._claimed
-
-    def _claim(self) -> int:
-        run = Path(self.root_dir)
-        number = next_number(run)
-        while getattr(rank_zero_only, "rank", 0) == 0:
-            try:
-                version_folder(run, number).mkdir(parents=True)
-                break
-            except FileExistsError:
-                number += 1
-        return number
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
