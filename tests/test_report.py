@@ -34,7 +34,7 @@ from kdq_lightning.report.rows import Row, summarize
 from kdq_lightning.report.significance import Difference, holm, paired_bootstrap
 from kdq_lightning.report.table_formats import to_csv, to_latex, to_markdown
 from kdq_lightning.report.tables import gain_table, measure_table
-from kdq_lightning.runs.records import CORRECT, Record, packed_path, read_correct, read_records, write_records
+from kdq_lightning.runs.records import CORRECT, packed_path, read_correct, read_records, write_records
 from kdq_lightning.strategies import appearances
 from tests.records import ACCURACIES, WIDTHS, draw_correct, write_run, write_study
 
@@ -437,13 +437,9 @@ def test_recovered_bit_widths_are_one_row(tmp_path: Path):
     assert len({row.label for row in rows}) == 2
 
 
-def test_methods_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_methods_stand_side_by_side(tmp_path: Path):
     """A network's methods are rows of their own with one float network; each is compared with its own method."""
 
-    def method_of(record: Record) -> str:
-        return "" if record.bits == 32 else "gpfq" if record.codebook == "paper" else "default"
-
-    monkeypatch.setattr("kdq_lightning.report.read_rows.method_of", method_of)
     for seed in (0, 1):
         for strategy, network, top1 in (
             ("teacher", "resnet50", 90),
@@ -454,7 +450,9 @@ def test_methods_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             write_run(tmp_path / f"{strategy}{seed}", strategy, {3: top1, 4: top1 + 2, 32: top1 + 4}, **common)
             if strategy != "teacher":
                 gpfq = {2: top1 - 20, 4: top1 - 8} | ({3: top1 - 10} if strategy == "dkd" else {})
-                write_run(tmp_path / f"{strategy}{seed}_gpfq", strategy, gpfq, codebook="paper", **common)
+                write_run(
+                    tmp_path / f"{strategy}{seed}_gpfq", strategy, gpfq, method="gpfq", codebook="paper", **common
+                )
     findings = _findings(tmp_path)
     rows = {row.label: row for row in findings.rows}
     assert [(row.label, row.method, list(row.cells), row.seeds) for row in findings.rows] == [

@@ -50,11 +50,6 @@ def read_rows(folders: Sequence[Path]) -> tuple[dict[str, list[Row]], list[str]]
     return {dataset: _rows(groups[dataset], shown) for dataset in sorted(groups)}, notes
 
 
-def method_of(record: Record) -> str:
-    """Return the method that quantized a network, "" for the float network."""
-    return record.method
-
-
 def _from_oldest(records: dict[Path, list[Record]]) -> dict[Path, list[Record]]:
     """Sort the versions' folders of each run by age: version_10 comes after version_2."""
 
@@ -108,7 +103,7 @@ def _newest(measurements: Iterable[Measurement], notes: list[str]) -> list[Measu
     replaced: dict[tuple[Path, Path], Record] = {}
     for m in measurements:
         r = m.record
-        key = (r.dataset, r.strategy, r.network, r.peer, r.seed, r.config_hash, method_of(r), identity(r).bits)
+        key = (r.dataset, r.strategy, r.network, r.peer, r.seed, r.config_hash, r.method, identity(r).bits)
         if key in kept and _figures(kept[key].record) != _figures(r):
             replaced[kept[key].folder, m.folder] = r
         kept[key] = m
@@ -153,7 +148,7 @@ def _is_same_recovery(group: list[Measurement], other: list[Measurement]) -> boo
 
     if group[0].record.strategy != "recover" or settings(group) != settings(other):
         return False
-    sizes = [{(method_of(m.record), identity(m.record).bits) for m in members} for members in (group, other)]
+    sizes = [{(m.record.method, identity(m.record).bits) for m in members} for members in (group, other)]
     return sizes[0].isdisjoint(sizes[1])
 
 
@@ -175,7 +170,7 @@ def _rows(groups: list[list[Measurement]], shown: Mapping[str, Appearance]) -> l
         dataset, strategy, network = group[0].record.dataset, group[0].record.strategy, _network(group)
         members: defaultdict[tuple[str, int], list[Measurement]] = defaultdict(list)
         for m in sorted(group, key=lambda m: (m.record.bits, m.record.seed, m.record.peer)):
-            members[method_of(m.record), identity(m.record).bits].append(m)
+            members[m.record.method, identity(m.record).bits].append(m)
         cells = {key: Cell(tuple(measurements)) for key, measurements in members.items()}
         rows += [
             Row(
