@@ -18,7 +18,7 @@ class Appearance(NamedTuple):
     marker: str
 
 
-STRATEGIES = {
+APPEARANCES = {
     "teacher": Appearance("Teacher", "#000000", "o"),
     "control": Appearance("Control", "#999999", "s"),
     "vanilla": Appearance("Vanilla KD", "#0072B2", "D"),
@@ -40,14 +40,14 @@ NEXT = (
 def appearances(strategies: Iterable[str]) -> dict[str, Appearance]:
     """Return how each of the strategies is shown, in the order of tables.
 
-    A strategy that is not in `STRATEGIES` comes after them, in alphabetical order. Its title is its name, and it takes
+    A strategy that is not in `APPEARANCES` comes after them, in alphabetical order. Its title is its name, and it takes
     the next colour and marker of `NEXT`, which start again when they are used up.
 
     Args:
         strategies: Names from the records; ask for all strategies of a report at once, so that no two share a colour.
     """
     names = set(strategies)
-    shown = {name: appearance for name, appearance in STRATEGIES.items() if name in names}
-    for index, name in enumerate(sorted(names - STRATEGIES.keys())):
+    shown = {name: appearance for name, appearance in APPEARANCES.items() if name in names}
+    for index, name in enumerate(sorted(names - APPEARANCES.keys())):
         shown[name] = Appearance(name, *NEXT[index % len(NEXT)])
     return shown

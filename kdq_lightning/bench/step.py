@@ -27,7 +27,7 @@ from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.networks import build_network
 from kdq_lightning.training.trainer import Trainer, choose_precision
 
-STRATEGIES: dict[str, type[Classifier]] = {
+TIMED_STRATEGIES: dict[str, type[Classifier]] = {
     "control": Classifier,
     "vanilla": VanillaKD,
     "mixup": MixupKD,
@@ -127,14 +127,14 @@ def _module(strategy: str, network: str, teacher: Teacher) -> Classifier:
     """Return the module of a strategy, beside the teacher if it has one."""
     networks = {"networks": [network, network]} if strategy == "dml" else {"network": network}
     options = {**networks, "num_classes": 10, "learning_rate": 0.1}
-    return STRATEGIES[strategy].for_timing(options, teacher, is_cached=False)
+    return TIMED_STRATEGIES[strategy].for_timing(options, teacher, is_cached=False)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the benchmark's options."""
     parser.add_argument("--network", type=str, default="resnet20", help="Network that is trained.")
     parser.add_argument("--teacher_network", type=str, default="resnet56", help="Teacher of the distillation.")
-    parser.add_argument("--strategies", type=list[str], default=list(STRATEGIES), help="Some of the default.")
+    parser.add_argument("--strategies", type=list[str], default=list(TIMED_STRATEGIES), help="Some of the default.")
     parser.add_argument("--batch_size", type=int, default=128, help="Images a step.")
     parser.add_argument("--steps", type=int, default=10, help="Steps of one measurement.")
     parser.add_argument("--repeats", type=int, default=5, help="Measurements of each, in turns.")
@@ -148,8 +148,8 @@ def run(args: Namespace) -> dict[str, Any]:
     Raises:
         UserError: If a strategy is unknown.
     """
-    if unknown := set(args.strategies) - set(STRATEGIES):
-        raise UserError(f"unknown strategies {sorted(unknown)}: choose from {', '.join(STRATEGIES)}")
+    if unknown := set(args.strategies) - set(TIMED_STRATEGIES):
+        raise UserError(f"unknown strategies {sorted(unknown)}: choose from {', '.join(TIMED_STRATEGIES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = torch.channels_last
     data = NoiseDataModule(

@@ -39,7 +39,7 @@ from kdq_lightning.training.lightning_internals import WithoutRunning
 from kdq_lightning.training.post_training import PostTrainingQuantization
 from kdq_lightning.training.trainer import Trainer
 
-STRATEGIES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning, Recover)
+STRATEGY_CLASSES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning, Recover)
 SOURCES = (CIFARDataModule, ImageFolderDataModule, DigitsDataModule)
 
 
@@ -48,7 +48,7 @@ class Parser(OneLineErrors, LightningArgumentParser):
 
     def hint(self, sentence: str) -> str:
         """Name the classes there are where one is unknown."""
-        for key, classes in (("model", STRATEGIES), ("data", SOURCES)):
+        for key, classes in (("model", STRATEGY_CLASSES), ("data", SOURCES)):
             if f'key "{key}"' in sentence and "Expected a dot import path" in sentence:
                 return f"; known: {', '.join(known.__name__ for known in classes)}"
         return ""

@@ -35,9 +35,9 @@ def list_methods() -> Iterator[str]:
 
 def list_strategies() -> Iterator[str]:
     """Yield the classes that `--model` takes."""
-    from kdq_lightning.commands.command_line import STRATEGIES  # Lightning, which takes seconds to import
+    from kdq_lightning.commands.command_line import STRATEGY_CLASSES  # Lightning, which takes seconds to import
 
-    yield from map(_described, STRATEGIES)
+    yield from map(_described, STRATEGY_CLASSES)
 
 
 def list_data() -> Iterator[str]:

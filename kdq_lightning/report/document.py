@@ -14,7 +14,7 @@ from kdq_lightning.report.significance import RESAMPLES
 from kdq_lightning.report.table_formats import Table, to_csv, to_latex, to_markdown
 from kdq_lightning.report.tables import bytes_table, cell_table, drop_table, duel_table, gain_table, measure_table
 from kdq_lightning.runs.records import MEASURES
-from kdq_lightning.strategies import STRATEGIES
+from kdq_lightning.strategies import APPEARANCES
 
 
 class ReportOptions(NamedTuple):
@@ -166,7 +166,7 @@ def _section(findings: Findings, figures: Collection[str], published: bool) -> l
     dataset, rows = findings.dataset, findings.rows
     brackets = " In brackets the published accuracy and the difference from it." if published else ""
     known = {*(row.strategy for row in rows), "recover"}
-    absent = [appearance.title for strategy, appearance in STRATEGIES.items() if strategy not in known]
+    absent = [appearance.title for strategy, appearance in APPEARANCES.items() if strategy not in known]
     blocks = [
         f"## {dataset}",
         *(f"![{FIGURES[name]}]({name}_{dataset}.svg)" for name in FIGURES if name in figures),
