@@ -183,8 +183,8 @@ def test_records_of_other_releases(tmp_path: Path):
     with (tmp_path / "quantized.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["joules"] for row in rows] == ["12", "12", ""] and rows[2]["flips"] == "4.2"
-    change_columns(tmp_path / "quantized.csv", ("network", "seed"))
-    with pytest.raises(UserError, match=r"quantized\.csv has no column network, seed"):
+    change_columns(tmp_path / "quantized.csv", ("strategy", "network"))
+    with pytest.raises(UserError, match=r"quantized\.csv has no column strategy, network"):
         read_records(tmp_path)
 
 
