@@ -1,4 +1,7 @@
-"""The only evaluator: accuracy, loss and calibration of a classifier, image by image, exact over all ranks."""
+"""Computes accuracy, loss and calibration of a network. All code uses this.
+
+With several processes the result is the same as with one.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Writing a file so that it is either there, whole, or not there at all; telling files apart; their sizes in words."""
+"""Writes a file completely or not at all; computes file digests; reads and prints sizes in bytes."""
 
 import hashlib
 import os

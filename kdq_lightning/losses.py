@@ -1,4 +1,7 @@
-"""Distillation losses as pure functions of logits; every one computes in float32 (float64 stays), whatever comes in."""
+"""Distillation losses as functions of logits.
+
+Half-precision logits are converted to float32 first; float64 stays float64.
+"""
 
 import math
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""Random numbers that are a hash of counters: the same keys give the same number, whatever was drawn before.
+"""Random numbers computed from keys such as (seed, image). The same keys always give the same number.
 
-Images, patches and splits draw from here, so that their order, the size of a batch, a resumed run and the number of
-ranks never change a draw.
+Images, patches and splits are drawn from here, so their order, the batch size, a resumed run and the number of
+processes never change a draw.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The supervised classifier, which is the teacher and the control, and the base that every strategy stands on."""
+"""Training on labels: the teacher's and the control's module, and the base class of every strategy."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple

@@ -1,4 +1,4 @@
-"""The half of every module that answers: networks with the statistics of their inputs, validation, test, prediction."""
+"""Base class of every module: validation, test and prediction. Training is in classifier.py."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext

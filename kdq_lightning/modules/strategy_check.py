@@ -1,4 +1,4 @@
-"""What a strategy class must have: a loss, and a name in the records that no other class claims."""
+"""Checks a strategy class: it must have a loss, and a name in the records that no other class has."""
 
 import inspect
 from collections.abc import Iterator

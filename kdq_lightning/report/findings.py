@@ -1,4 +1,4 @@
-"""What the records of a data set say: every choice and every test of the report, computed once."""
+"""Computes the statistical tests and the choice of files for one data set. Means are computed in rows.py."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

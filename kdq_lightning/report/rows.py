@@ -1,4 +1,7 @@
-"""What the report's tables consist of: a row is a trained strategy, a cell is that row at one bit width."""
+"""The rows and cells of the report's tables. `Cell.summaries` computes mean and deviation over the seeds.
+
+A row is a trained strategy, quantized by one method; a cell is that row at one bit width.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence

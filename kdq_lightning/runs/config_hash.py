@@ -1,4 +1,7 @@
-"""The hash that says which records are of the same configuration."""
+"""Computes a hash of a run's settings.
+
+Equal hash means equal settings, except the seed and what has no effect on a result, such as the device.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What tells one row of a run's results from another, and the names of files and vectors that follow from it."""
+"""The key of a result (network, method, bit width), and the file names made from it."""
 
 from typing import NamedTuple
 

@@ -1,7 +1,7 @@
-"""The one record of a quantized accuracy: the callback writes it, dashboard and report read it.
+"""One record for each network, method and bit width. All parts of the program use this class.
 
-A version's folder holds `quantized.csv`, a row a network and bit width; `correct.safetensors`, which images each of
-them got right; and `layers.csv`, what became of each layer.
+A version's folder holds `quantized.csv`, a line for each record; `correct.safetensors`, which images each network got
+right; and `layers.csv`, what became of each layer.
 """
 
 import json

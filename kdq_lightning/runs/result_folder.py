@@ -1,4 +1,4 @@
-"""The results of a run while they grow: each row is written as soon as it is known, and never computed again."""
+"""Reads and adds to the results in a run folder. Each result is saved at once."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,6 +1,7 @@
 """The versions of a run, `<run>/version_0`, `<run>/version_1`, ..., and which of them are finished.
 
-A version stands for its run once it holds the empty file `finished`: its training, or quantization, came to its end.
+When training or quantization has ended, an empty file `finished` is written. Other runs use the weights of the newest
+version that has it.
 """
 
 import re

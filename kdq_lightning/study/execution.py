@@ -1,4 +1,7 @@
-"""Runs the commands of a study: in this process, which starts up once, or several at once in a process each."""
+"""Runs the commands of a study.
+
+They run one after another in this process, or several at the same time in processes of their own.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What happens around training: the run folder's files, which rank has died, predictions on disk."""
+"""What happens around training: the run folder's files, which process was killed, predictions on disk."""
 
 import csv
 import io

@@ -1,4 +1,7 @@
-"""Keeping what a run has reached when it is cut off: a checkpoint every few minutes, and one at SIGTERM."""
+"""Saves `last.ckpt` every few minutes of a long epoch, and when SIGTERM arrives.
+
+Nothing is saved at Ctrl-C: Lightning ends the command, and the last checkpoint stays.
+"""
 
 import signal
 import threading

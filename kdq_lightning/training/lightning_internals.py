@@ -1,4 +1,4 @@
-"""What Lightning documents nowhere and this project can't do without, in one place.
+"""Uses of Lightning's private functions, all in this file.
 
 Each part has a test of its own in tests/test_lightning_internals.py, which says what breaks if a release of Lightning
 changes it. No other module uses a private name of Lightning.

@@ -1,4 +1,4 @@
-"""One row: a network at one bit width, packed into a file, and recorded with what was measured of it."""
+"""Writes the results of one network at one bit width: its packed file and its record."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
