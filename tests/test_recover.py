@@ -14,7 +14,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.modules.recover import Recover
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import load_packed
-from kdq_lightning.quantization.packing import read_weights
+from kdq_lightning.quantization.packing import read_metadata, read_weights, save_packed
 from kdq_lightning.runs.checkpoints import find_packed
 from kdq_lightning.runs.records import read_correct, read_records
 from tests.conftest import config
@@ -85,6 +85,29 @@ def test_finished_is_finished(runs: Path, capsys: pytest.CaptureFixture[str]):
     packed = packed_of(runs / "recover_cpu").read_bytes()
     assert fit("recover_cpu", *arguments) == 0
     assert table.read_text() == before and packed_of(runs / "recover_cpu").read_bytes() == packed
+
+
+def test_a_recovered_row_has_the_method_of_its_file(runs: Path, tmp_path: Path):
+    """Whether the file is named, or the method that made it; so it is no other row than the one that it came from."""
+    packed = next(runs.glob("teacher_cpu/version_0/packed/resnet8-gpfq-*-2bit.safetensors"))
+    few = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", f"--model.init_args.teacher={runs}/teacher_cpu"]
+    for name, given in (("file", [packed]), ("folder", [runs / "teacher_cpu", "gpfq"])):
+        options = [f"--model.init_args.{key}={value}" for key, value in zip(("packed", "method"), given, strict=False)]
+        assert fit("recover_cpu", f"--trainer.default_root_dir={tmp_path}", f"--name={name}", *few, *options) == 0
+        (record,) = read_records(tmp_path / name / "version_0")
+        assert (record.strategy, record.method, record.bits, record.levels) == ("recover", "gpfq", 2, 5)
+        assert (tmp_path / name / "version_0" / "packed" / packed.name).is_file()
+        assert read_correct(tmp_path / name / "version_0").keys() == {"resnet8/val/gpfq/2", "resnet8/test/gpfq/2"}
+
+
+def test_the_row_of_mixed_bits_has_its_budget(runs: Path, tmp_path: Path):
+    """The file says it; one that doesn't is as large as its budget."""
+    path = packed_of(runs / "teacher_cpu")
+    network, metadata = load_packed(path, build_network("resnet8", 10)), read_metadata(path)
+    for said, budget in (({"budget": "30000"}, 30_000), ({}, None)):
+        mixed = tmp_path / "mixed.safetensors"
+        save_packed(mixed, network, read_weights(path), metadata | {"method": "mixed"} | said)
+        assert make_module(runs, packed=str(mixed)).packed_row == ("mixed", budget or mixed.stat().st_size)
 
 
 def make_module(runs: Path, **changes: object) -> Recover:

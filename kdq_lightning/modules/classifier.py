@@ -26,8 +26,10 @@ from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.training_epoch import TrainingEpoch
 from kdq_lightning.networks import NETWORKS, build_network, check_images, pretrained_state
 from kdq_lightning.quantization.codebooks import QuantizedWeight
+from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.runs.checkpoints import checkpoint_statistics, load_trained, network_state
 from kdq_lightning.runs.class_names import shorten_names
+from kdq_lightning.runs.records import FLOAT_BITS
 from kdq_lightning.runs.trained_network import Description, TrainedNetwork, grow_biases, load_state
 
 PRINTED = ("train/loss", "train/top1", "val/loss", "val/top1", "val/agreement", "train/images_per_second")
@@ -49,7 +51,7 @@ class Classifier(EvaluatedModule):
     """Trains one network on labels: the teacher, and the control, which is the student without a teacher.
 
     A strategy overrides `losses`; one with several networks also `networks`; one whose network is quantized already
-    `packed_weights`, and says so with `is_quantized`.
+    `packed_weights` and `packed_row`, and says so with `is_quantized`.
     """
 
     is_quantized = False
@@ -155,6 +157,11 @@ class Classifier(EvaluatedModule):
             state: State dict of a checkpoint of this module, from which they are read; None reads the present ones.
         """
         return {}
+
+    @property
+    def packed_row(self) -> tuple[str, int]:
+        """The method that quantized such a network, and its bit width; of mixed bits its budget in bytes."""
+        return DEFAULT_METHOD, max((weight.bits for weight in self.packed_weights().values()), default=FLOAT_BITS)
 
     def find_teacher(self) -> Teacher | None:
         """Return the teacher, with which quantized networks are compared; None if there is none."""

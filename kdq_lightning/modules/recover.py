@@ -21,7 +21,7 @@ from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.networks import class_dimensions
 from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.gram import weight_name
-from kdq_lightning.quantization.methods import DEFAULT_METHOD
+from kdq_lightning.quantization.methods import DEFAULT_METHOD, MIXED_METHOD
 from kdq_lightning.quantization.packing import read_metadata, read_weights
 from kdq_lightning.runs.checkpoints import find_packed, load_trained
 from kdq_lightning.runs.trained_network import load_state
@@ -62,6 +62,7 @@ class Recover(Distillation):
         super().__init__(strategy=strategy, learning_rate=learning_rate, **kwargs)
         check_range("temperature", temperature, low=0)
         self.packed, self.bits, self.method, self.temperature = packed, bits, method or DEFAULT_METHOD, temperature
+        self.budget = 0  # of a file of mixed bits, in bytes
         self.gains = nn.ParameterList()
         self._weights: dict[str, QuantizedWeight] = {}  # as they were packed
         self._digest = ""  # of the packed file
@@ -93,6 +94,8 @@ class Recover(Distillation):
         load_state(self.network, ordered.state, path)
         self.statistics = ordered.statistics
         self._weights, self._digest = weights, file_digest(path)
+        self.method = metadata.get("method", DEFAULT_METHOD)
+        self.budget = int(metadata.get("budget", path.stat().st_size))
         for i, weight in enumerate(self._weights.values()):
             self.gains.append(nn.Parameter(torch.ones_like(weight.scale)))
             self.register_buffer(f"levels{i}", weight.grid[weight.codes.long()], persistent=False)
@@ -171,6 +174,12 @@ class Recover(Distillation):
         with torch.no_grad():
             for name, weight in self.quantized_weights().items():
                 self.network.get_parameter(name).copy_(weight)
+
+    @property
+    def packed_row(self) -> tuple[str, int]:
+        """The method that made the packed file, and its bit width; of mixed bits its budget in bytes."""
+        bits = max(weight.bits for weight in self._weights.values())
+        return self.method, self.budget if self.method == MIXED_METHOD else bits
 
     def packed_weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, QuantizedWeight]:
         """Return codes and trained scales by layer.

@@ -9,7 +9,7 @@ from pathlib import Path
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.report.rows import Cell, Measurement, Row, method_order
-from kdq_lightning.runs.records import CORRECT, RECORDS, Record, find_records, identity, read_correct
+from kdq_lightning.runs.records import CORRECT, MEASURES, RECORDS, Record, find_records, identity, read_correct
 from kdq_lightning.runs.versions import version_number
 from kdq_lightning.strategies import Appearance, appearances
 
@@ -61,7 +61,7 @@ def _from_oldest(records: dict[Path, list[Record]]) -> dict[Path, list[Record]]:
 
 def _measurements(folder: Path, records: list[Record], notes: list[str]) -> list[Measurement]:
     """Join the records of a version with their vectors; add notes on what is missing, and on what isn't understood."""
-    if unknown := {column for record in records for column in record.unknown}:
+    if unknown := {column for record in records for column in record.unknown} - MEASURES.keys():
         notes.append(
             f"{folder} was written by another release: columns that this one doesn't know are left out:"
             f" {', '.join(sorted(unknown))}."

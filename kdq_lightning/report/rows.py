@@ -99,7 +99,7 @@ class Cell:
         values: dict[str, defaultdict[int, list[float]]] = {name: defaultdict(list) for name in MEASURES}
         for m in self.measurements:
             for name, by_seed in values.items():
-                if (value := getattr(m.record, name)) is not None:
+                if (value := m.record.number(name)) is not None:
                     by_seed[m.seed].append(value)
         return {
             name: summarize([float(np.mean(peers)) for peers in by_seed.values()])

@@ -14,15 +14,26 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
+from kdq_lightning.quantization import Quantized
 from kdq_lightning.quantization.layer_report import LayerReport
 from kdq_lightning.quantization.methods import DEFAULT_METHOD, MIXED_METHOD
 from kdq_lightning.quantization.solvers import RENAMED_SOLVERS
 from kdq_lightning.runs.identity import Identity
-from kdq_lightning.runs.tables import Absent, Renamed, TableRow, annotation, columns, header, read_table, write_table
+from kdq_lightning.runs.tables import (
+    Absent,
+    Renamed,
+    TableRow,
+    annotation,
+    columns,
+    format_value,
+    header,
+    read_table,
+    write_table,
+)
 
 RECORDS = "quantized.csv"
 CORRECT = "correct.safetensors"
@@ -31,7 +42,7 @@ FLOAT_BITS = 32
 
 
 class Measure(NamedTuple):
-    """How a number of the records is shown.
+    """How a number of the records is shown; of a column that a user adds to `MEASURES` also how it is computed.
 
     Attributes:
         caption: Stands above its table; without a caption it has no table under "Fidelity" in the report.
@@ -39,6 +50,10 @@ class Measure(NamedTuple):
         best: Picks the best of a column, `max` or `min`; None if no value is better than another.
         axis: Label of the y axis of its figure against the bit width; without a label it has no such figure.
         log: Whether the y axis of its figure is logarithmic.
+        compute: Of an added column: takes a network in eval mode and what it was quantized to, None for the float
+            network; returns the number of its row in the records, None if there is none.
+        compute_layer: Of an added column: takes a quantized network and a layer's name; returns the number of the
+            layer's row in `layers.csv`, None if there is none. Without it `layers.csv` has no such column.
     """
 
     caption: str = ""
@@ -46,6 +61,8 @@ class Measure(NamedTuple):
     best: Callable[[list[float]], float] | None = None
     axis: str = ""
     log: bool = False
+    compute: Callable[[nn.Module, Quantized | None], float | None] | None = None
+    compute_layer: Callable[[Quantized, str], float | None] | None = None
 
 
 def _default_method(values: Mapping[str, Any]) -> str:
@@ -151,6 +168,21 @@ class Record(TableRow):
         """Test accuracy in percent; validation accuracy if the test set was left alone."""
         return self.val_top1 if self.test_top1 is None else self.test_top1
 
+    def number(self, name: str) -> float | None:
+        """Return the number of a column in `MEASURES`, whether it is a field or was added by a user.
+
+        Raises:
+            UserError: If the text of an added column is no number.
+        """
+        if name not in self.unknown:
+            number: float | None = getattr(self, name, None)
+            return number
+        text = self.unknown[name]
+        try:
+            return float(text) if text else None
+        except ValueError as error:
+            raise UserError(f"a record of {self.run} has {text!r} as {name}, which is not a number") from error
+
     def correct_key(self, split: str) -> str:
         """Return the key of its vector for a split, "val" or "test", in `read_correct`."""
         return identity(self).correct_key(split)
@@ -160,7 +192,35 @@ HEADER = header(Record)
 
 _MEASURES = {column.name: measure for column in columns(Record) if (measure := annotation(column, Measure))}
 MEASURES = {name: _MEASURES[name] for name in sorted(_MEASURES, key=lambda name: not name.startswith("test_"))}
-"""How each number of the records is shown, by its field, in the order of tables: what was tested comes first."""
+"""How each number of the records is shown, by its field, in the order of tables: what was tested comes first.
+
+A user adds a column by an entry of its own with `compute`: `MEASURES["joules"] = Measure("Joules", compute=f)`.
+"""
+
+
+def added_measures(records: Iterable[Record]) -> list[str]:
+    """Return the names of the columns added to `MEASURES` that some of the records have."""
+    there = {name for record in records for name in record.unknown}
+    return [name for name in MEASURES if name in there]
+
+
+def compute_added(network: nn.Module, quantized: Quantized | None) -> dict[str, str]:
+    """Return the texts of all added columns for the row of a network; see `Measure.compute`.
+
+    Raises:
+        UserError: If one has the name of a column that is there without it.
+    """
+    own = {column.name for kind in (Record, LayerRecord) for column in columns(kind)}
+    if taken := [name for name, m in MEASURES.items() if (m.compute or m.compute_layer) and name in own]:
+        raise UserError(f"the records have a column {taken[0]} already: give the one that you add another name")
+    numbers = {name: m.compute(network, quantized) for name, m in MEASURES.items() if m.compute}
+    return {name: format_value(number) for name, number in numbers.items()}
+
+
+def compute_added_of_layer(quantized: Quantized, layer: str) -> dict[str, str]:
+    """Return the texts of all added columns for the row of a layer; see `Measure.compute_layer`."""
+    numbers = {name: m.compute_layer(quantized, layer) for name, m in MEASURES.items() if m.compute_layer}
+    return {name: format_value(number) for name, number in numbers.items()}
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def write_table(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow([*names, *unknown])
     for row in rows:
-        values = [_format(getattr(row, name)) for name in names]
+        values = [format_value(getattr(row, name)) for name in names]
         writer.writerow([*values, *(row.unknown.get(name, "") for name in unknown)])
     write_atomically(path, table.getvalue().encode())
 
@@ -149,7 +149,8 @@ def _parse(column: Field[Any], text: str) -> object:
     return options[0](text)
 
 
-def _format(value: str | float | None) -> str:
+def format_value(value: str | float | None) -> str:
+    """Return a value as it stands in a table: nothing for None, a float with six decimals at most."""
     if value is None:
         return ""
     return repr(round(value, 6)) if isinstance(value, float) else str(value)

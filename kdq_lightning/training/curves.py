@@ -7,7 +7,7 @@ from statistics import NormalDist, fmean
 from typing import NamedTuple
 
 from kdq_lightning.quantization.methods import CUSTOM_METHOD, DEFAULT_METHOD, METHODS, MIXED_METHOD
-from kdq_lightning.runs.records import FLOAT_BITS, Record, identity
+from kdq_lightning.runs.records import FLOAT_BITS, MEASURES, Record, identity
 
 SUMMARIZED = (2, 3, 4, 8)  # bit widths whose accuracies stand beside the hyper-parameters
 PEERS = ("", "/peer0", "/peer1")  # ends of tags that the charts of the custom scalars show
@@ -61,9 +61,10 @@ def _network_points(records: Sequence[Record], suffix: str, images: int) -> Iter
         yield from with_interval(f"accuracy_vs_bits{method}", record.top1, bits)
         if record.method == DEFAULT_METHOD:
             yield from with_interval("agreement_vs_bits", record.agreement_float, bits)
-        for name, text in record.unknown.items():  # what a user's own evaluation found
-            if name.startswith(("val_", "test_")):
-                yield Point(f"quantized/{name}_vs_bits{method}{suffix}", bits, float(text))
+        for name in record.unknown:  # what a user's own evaluation found, and added columns
+            number = record.number(name) if name.startswith(("val_", "test_")) or name in MEASURES else None
+            if number is not None:
+                yield Point(f"quantized/{name}_vs_bits{method}{suffix}", bits, number)
     for bits in sorted({identity(record).bits for record in quantized if record.method != MIXED_METHOD}):
         yield from with_interval("float_accuracy", floats[0].top1 if floats else None, bits)
 

@@ -15,7 +15,7 @@ from kdq_lightning.evaluation import full_float32
 from kdq_lightning.files import parse_bytes
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.quantization import Quantized, quantize
-from kdq_lightning.quantization.methods import CUSTOM_METHOD, DEFAULT_METHOD, METHODS, MIXED_METHOD, choose_methods
+from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS, MIXED_METHOD, choose_methods
 from kdq_lightning.quantization.mixed import check_budgets
 from kdq_lightning.quantization.recipes import make_recipe
 from kdq_lightning.runs.identity import Identity
@@ -226,7 +226,7 @@ class PostTrainingQuantization(Callback):
         """Evaluate and pack a network that was trained as a quantized one; no float network is its like."""
         source = run.source
         weights = source.packed_weights
-        row = Identity(name, DEFAULT_METHOD, max(weight.bits for weight in weights.values()))
+        row = Identity(name, *source.packed_row)
         if not run.missing([row]):
             return
         network = source.network(name)

@@ -13,7 +13,7 @@ from kdq_lightning.quantization import Quantized
 from kdq_lightning.quantization.methods import DEFAULT_METHOD, MIXED_METHOD
 from kdq_lightning.quantization.packing import mean_bits, metadata_bytes
 from kdq_lightning.runs.identity import Identity
-from kdq_lightning.runs.records import LayerRecord, Record, packed_path
+from kdq_lightning.runs.records import LayerRecord, Record, compute_added, compute_added_of_layer, packed_path
 from kdq_lightning.runs.result_folder import ResultFolder
 from kdq_lightning.runs.trained_network import state_dict_bytes
 from kdq_lightning.training.source import Evaluations, Source
@@ -71,10 +71,18 @@ class QuantizedRun:
             UserError: If a file can't be written.
         """
         record = self._record(row, evaluations, float_evaluations, quantized)
+        record = replace(record, unknown=record.unknown | compute_added(network, quantized))
         correct = {split: e.correct for split, e in evaluations.items() if isinstance(e, Evaluation)}
         reports = quantized.layers if quantized else []
         layers = [
-            LayerRecord(**vars(report), network=row.name, method=row.method, bits=record.bits, budget=record.budget)
+            LayerRecord(
+                **vars(report),
+                network=row.name,
+                method=row.method,
+                bits=record.bits,
+                budget=record.budget,
+                unknown=compute_added_of_layer(quantized, report.name) if quantized else {},
+            )
             for report in reports
         ]
 
@@ -111,13 +119,13 @@ class QuantizedRun:
 
     def metadata_bytes(self, row: Identity) -> int:
         """Return how many bytes of a row's packed file its metadata take at most."""
-        known = {"method": row.method, "bits": row.bits, "config_hash": self.source.config_hash}
+        known = {"method": row.method, "bits": row.bits, "budget": row.bits, "config_hash": self.source.config_hash}
         return metadata_bytes(self._metadata(row.name, {**self.source.fields(row.name), **known}))
 
     def _metadata(self, name: str, fields: Mapping[str, Any]) -> dict[str, str]:
         """Return what the packed file of a network says of it, given the fields of its record."""
         keys = ["network", "dataset", "strategy", "peer", "seed", "bits", "config_hash"]
-        keys += ["method"] * (fields["method"] != DEFAULT_METHOD)
+        keys += ["method"] * (fields["method"] != DEFAULT_METHOD) + ["budget"] * (fields["method"] == MIXED_METHOD)
         return {**{key: str(fields[key]) for key in keys}, **self.source.metadata(name)}
 
 

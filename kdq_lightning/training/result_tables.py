@@ -6,7 +6,7 @@ from itertools import groupby
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from kdq_lightning.runs.records import FLOAT_BITS, Record
+from kdq_lightning.runs.records import FLOAT_BITS, MEASURES, Record, added_measures
 
 NARROW = ("method", "bits", "levels", "kB", "val top-1", "test top-1", "agreement")  # fits into 80 characters
 COLUMNS = (*NARROW, "flips", "relative error", "recipe")
@@ -14,25 +14,26 @@ COLUMNS = (*NARROW, "flips", "relative error", "recipe")
 
 def table_rows(records: Iterable[Record]) -> list[list[str]]:
     """Return the cells of `COLUMNS`, a row a record; empty where a number doesn't exist."""
-
-    def cell(value: float | None, digits: int = 2) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
     return [
         [
             record.method,
             "float" if record.bits == FLOAT_BITS else str(record.bits),
             "" if record.levels is None else str(record.levels),
-            cell(record.packed_bytes / 1000, 1),
-            cell(record.val_top1),
-            cell(record.test_top1),
-            cell(record.agreement_float),
-            cell(record.flips),
-            cell(record.relative_error, 4),
+            format_number(record.packed_bytes / 1000, 1),
+            format_number(record.val_top1),
+            format_number(record.test_top1),
+            format_number(record.agreement_float),
+            format_number(record.flips),
+            format_number(record.relative_error, 4),
             " ".join(filter(None, [record.solver, record.codebook])),
         ]
         for record in records
     ]
+
+
+def format_number(value: float | None, decimals: int = 2) -> str:
+    """Return a number with so many decimals, or nothing for None."""
+    return "" if value is None else f"{value:.{decimals}f}"
 
 
 EXPLANATION = (
@@ -45,7 +46,10 @@ EXPLANATION = (
 def markdown_table(records: Iterable[Record]) -> str:
     """Return the table of one network's records in Markdown, and a line that explains its columns."""
     float_first = sorted(records, key=lambda record: record.bits != FLOAT_BITS)  # TensorBoard cuts long tables
-    rows = [list(COLUMNS), [":---", *["---:"] * (len(COLUMNS) - 2), ":---"], *table_rows(float_first)]
+    added = added_measures(float_first)
+    more = [[format_number(record.number(name), MEASURES[name].decimals) for name in added] for record in float_first]
+    rows = [[*COLUMNS, *added], [":---", *["---:"] * (len(COLUMNS) - 2), ":---", *["---:"] * len(added)]]
+    rows += [[*cells, *numbers] for cells, numbers in zip(table_rows(float_first), more, strict=True)]
     return "\n".join([EXPLANATION, "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 

@@ -13,6 +13,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import Evaluation, percent
 from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.forwards import part_images
+from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.runs.versions import is_version
 
 T = TypeVar("T")
@@ -55,6 +56,11 @@ class Source(ABC):
     def packed_weights(self) -> dict[str, QuantizedWeight]:
         """The quantized weights that the network carries already, by layer; none of a float network."""
         return {}
+
+    @property
+    def packed_row(self) -> tuple[str, int]:
+        """The method that quantized these weights, and their bit width; of mixed bits their budget in bytes."""
+        return DEFAULT_METHOD, max(weight.bits for weight in self.packed_weights.values())
 
     @property
     def teacher_evaluations(self) -> Evaluations:

@@ -165,6 +165,11 @@ class TrainedRun(Source):
             return self.module.packed_weights()
         return self.module.packed_weights(read_checkpoint(self._weights_file)["state_dict"])
 
+    @property
+    def packed_row(self) -> tuple[str, int]:
+        """The method that quantized the network before it was trained, and its bits or budget."""
+        return self.module.packed_row
+
     @cached_property
     def _origin(self) -> dict[str, Any]:
         """The fields `strategy`, `seed` and `epochs` of records, as the checkpoint of the weights has them."""
