@@ -1,4 +1,4 @@
-"""Codes as bits: numbers below any count of levels in a stream of bytes, close to log2(levels) bits each."""
+"""Packs codes (whole numbers from 0 to levels - 1) into bytes, using about log2(levels) bits for each."""
 
 import torch
 from torch import Tensor

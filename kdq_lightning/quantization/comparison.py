@@ -1,4 +1,4 @@
-"""Whether tensors agree: to the bit, but for the order of sums, or in their first image."""
+"""Compares tensors: exactly equal, equal up to the order of additions, or equal for the first image."""
 
 import math
 from collections.abc import Sequence

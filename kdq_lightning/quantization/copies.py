@@ -1,4 +1,4 @@
-"""A copy of the model given that can be walked over: in eval mode, its weights plain parameters, nothing left lazy."""
+"""Makes a copy that can be quantized: eval mode, plain parameters. Its lazy layers are filled in by probe.py."""
 
 import copy
 from itertools import chain

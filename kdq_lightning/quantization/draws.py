@@ -1,4 +1,7 @@
-"""The random choices of quantization: which patches a layer is solved on, and the noise of stochastic rounding."""
+"""The random choices of quantization: which patches a layer is solved on, and the noise of stochastic rounding.
+
+Which images are used is decided in data/base.py.
+"""
 
 import torch
 from torch import Tensor

@@ -1,8 +1,8 @@
 """From streams of layer inputs to Gram matrices: all that a solver needs to know about the calibration images.
 
 Only the chosen patches are ever unfolded. Products of at most 1,024 rows are taken in float32 (in float64 for a network
-in float64) and added into float64 sums: as exact as float64 products up to a few rounding ties in a network, and
-several times cheaper.
+in float64) and added into float64 sums, which is several times cheaper than products in float64. The results are as
+exact as float64 except for very few weights that lie halfway between two levels.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""One layer in a walk: its solution, shared out among processes, or plain rounding where that is the better one."""
+"""Solves a layer, split over the processes.
+
+It takes plain rounding instead where the solver was worse.
+"""
 
 import math
 from collections.abc import Sequence

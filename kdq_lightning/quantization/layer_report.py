@@ -1,4 +1,4 @@
-"""What a reader is told of one layer."""
+"""The report on one layer: its settings and error, or why it stays float."""
 
 import math
 from dataclasses import dataclass, replace

@@ -1,8 +1,7 @@
-"""One walk over the float network and its quantized copies, solving each layer on the way.
+"""The float network and its copies run forward together, one layer at a time: this is a walk.
 
-The float network and its copies at each bit width are streams of one forward, in the network's own order. Each layer is
-solved when it is first reached, on all calibration images at once, and what follows sees what its quantized weights
-make of them.
+A layer is quantized when the forward first reaches it, on all calibration images at once. In each copy, one for each
+bit width, later layers get the outputs of the layers quantized so far.
 """
 
 import copy

@@ -1,10 +1,10 @@
-"""Quantized networks as real low-bit files: everything that inference needs, and hardly a byte more.
+"""Writes and reads packed files: everything that inference needs, and almost nothing else.
 
-A packed file is a safetensors file of three tensors: `.codes` (uint8, the bit-packed codes of all layers in turn),
-`.floats` (float32: per layer its scales; then biases, normalisation and layers left float) and `.layout` (uint8,
-compressed JSON: what lies where). Tensors of any other type lie beside them under their own names, which never start
-with a dot. A tensor for each bias would be simpler, but its header entry takes more bytes than the bias: the header of
-a 2-bit ResNet-20 would be a tenth of the file.
+A packed file is a safetensors file of three tensors: `.codes` (uint8, the codes of all layers, one layer after another,
+packed into bits; a code is the index of a level), `.floats` (float32: per layer its scales; then biases, normalisation
+and layers left float) and `.layout` (uint8, compressed JSON: which values belong to which layer). Tensors of any other
+type lie beside them under their own names, which never start with a dot. A tensor for each bias would be simpler, but
+its header entry takes more bytes than the bias: the header of a 2-bit ResNet-20 would be a tenth of the file.
 """
 
 import hashlib

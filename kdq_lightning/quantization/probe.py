@@ -1,7 +1,7 @@
 """What a network does with two images, before it is walked on: which layers can be quantized, in how much memory.
 
 A layer is quantized if it is called with images along its first dimension, computes the plain operation on its weight
-and bias, and nobody else uses that weight. Every other matrix stays in float, and the report says why.
+and bias, and no other module uses that weight. Every other matrix stays in float, and the report says why.
 """
 
 from collections.abc import Callable, Mapping, Sequence

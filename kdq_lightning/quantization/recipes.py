@@ -1,4 +1,4 @@
-"""How a network is quantized at one bit width: the arguments of `quantize` with the best known in place of None."""
+"""Settings for one bit width. Arguments that are None get the best known value."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

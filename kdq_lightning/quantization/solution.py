@@ -1,8 +1,8 @@
-"""One layer: from its Gram matrices to the levels and scales of its weights.
+"""Quantizes one layer: computes levels and scales from its Gram matrices.
 
-Every solver is one recursion, q_t = Q(T_t - Σ_{s<t} q_s F_st), and so is a sweep of coordinate descent. All neurons and
-all candidate scales run through it at once. Weights are columns here, (groups, N, neurons), in float64; levels are in
-units of the scale.
+`greedy` is the loop that all solvers, and coordinate descent, run: q_t = Q(T_t - Σ_{s<t} q_s F_st), for all neurons and
+all candidate scales at once. `match_moments` adjusts scales and biases after it. Weights are columns here,
+(groups, N, neurons), in float64; levels are in units of the scale.
 """
 
 from collections.abc import Sequence

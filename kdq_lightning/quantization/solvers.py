@@ -1,7 +1,7 @@
-"""Solvers: each is one recursion over the columns of a layer, q_t = Q(T_t - Σ_{s<t} q_s F_st).
+"""The solvers: each gives the targets T and the feedback F of the loop q_t = Q(T_t - Σ_{s<t} q_s F_st).
 
-A solver says what its targets T and its feedback F are; running the recursion is `solution.greedy`'s work. Weights are
-columns here, (groups, N, neurons), in float64.
+The loop is `solution.greedy`: for each column t it rounds T_t, minus the feedback of the columns done before, to a
+level; Q is this rounding and q_t the level. Weights are columns here, (groups, N, neurons), in float64.
 """
 
 from collections.abc import Callable

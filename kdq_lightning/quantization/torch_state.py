@@ -1,7 +1,7 @@
-"""The state of torch that a context manager or a call inside a forward switches for everyone.
+"""Saves and restores torch's global settings (autocast, inference mode, ...) for each paused forward.
 
-A walk pauses many forwards at the same layer. What one of them has switched on until then (autocast, inference mode, a
-default type, a mode) must hold for itself alone: it is put aside while the forward waits, and put back when it goes on.
+A walk pauses many forwards at the same layer. What one of them has switched on until then must hold for itself alone:
+it is put aside while the forward waits, and put back when it goes on.
 """
 
 import sys
