@@ -1,4 +1,4 @@
-"""Checks of options; what is wrong is said in one line, where jsonargparse prints every option there is."""
+"""Checks options, and prints one line about the error instead of jsonargparse's full list."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""What a command prints: one sentence for what the user can mend, and none of Lightning's own hints."""
+"""What a command prints: one sentence for what the user can fix, and none of Lightning's own hints."""
 
 import logging
 import sys

@@ -1,4 +1,7 @@
-"""The datamodule that all data sets share: images in memory, whole batches, augmentation on the device."""
+"""The base class of all data sets: images in memory, whole batches, augmentation on the device.
+
+It also makes the validation split and chooses the calibration images.
+"""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Labelled images in memory, in an order that doesn't depend on where they came from, and seeded choices of them."""
+"""Labelled images in memory, in an order that doesn't depend on their source; random samples of them, by a seed."""
 
 import hashlib
 from dataclasses import dataclass

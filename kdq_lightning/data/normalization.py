@@ -1,4 +1,4 @@
-"""From stored bytes to images in [0, 1], and from those to the inputs that a network expects."""
+"""Scales bytes to [0, 1], and normalises images: (image - mean) / std."""
 
 from functools import cache
 from typing import NamedTuple

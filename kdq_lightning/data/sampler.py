@@ -1,4 +1,7 @@
-"""The one order of images: global batches drawn from (seed, epoch), and each rank's share of them."""
+"""Decides the order of the training images.
+
+The batches depend on (seed, epoch) only; each process takes a part.
+"""
 
 from collections.abc import Iterator
 
