@@ -3,6 +3,8 @@
 import csv
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -344,3 +346,38 @@ def failure(arguments: list[str]) -> int:
         return main(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+def test_the_overview_needs_no_torch():
+    """`kdq --help` and `kdq --version` answer at once."""
+    for option, words in (("--help", "kdq fit --config configs/quickstart.yaml"), ("--version", "kdq-lightning 0.")):
+        program = (
+            f"import sys; from kdq_lightning.cli import main; main([{option!r}]); assert 'torch' not in sys.modules"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        shown = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        assert words in shown.stdout and max(map(len, shown.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fti"], "there is no command 'fti', did you mean fit?"),
+        (["--quantization.bits=4"], "write [4]"),
+        (["--trainer.max_epoch=4"], "did you mean --trainer.max_epochs?"),
+        (["--max_epochs=4"], "did you mean --trainer.max_epochs?"),
+        (["--model.learning_rte=4"], "did you mean learning_rate?"),
+        (["--unheard_of=4"], "unrecognized arguments: --unheard_of=4 (options: kdq fit --help)"),
+    ],
+)
+def test_what_may_be_meant(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]):
+    if arguments[0].startswith("--"):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", config("quickstart"), *arguments])
+        assert stop.value.code == 2
+    else:
+        assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -103,6 +104,43 @@ def test_terminated_while_gradients_are_accumulated(batch: int, steps: int, work
     resumed = torch.load(newest_version() / last, weights_only=True)
     assert resumed["global_step"] == unbroken["global_step"] == 6
     assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in unbroken["state_dict"].items())
+
+
+class PressCtrlC(Callback):
+    """Presses Ctrl-C after a batch of the second epoch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """The run stops after its step, saved, with 130, and says how to go on, which gives the unbroken run's weights."""
+    few = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=7", "--quantization.enabled=false"]
+    fit, last, before = [*FIT, *few], "checkpoints/last.ckpt", signal.getsignal(signal.SIGINT)
+    assert main([*fit, "--name=unbroken"]) == 0
+    unbroken = torch.load(Path("runs/unbroken/version_0", last), weights_only=True)
+    with pytest.raises(SystemExit) as stop:
+        main([*fit, "--name=broken", "--trainer.callbacks=tests.test_faults.PressCtrlC"])
+    assert stop.value.code == 130 and signal.getsignal(signal.SIGINT) is before
+    said = capsys.readouterr().err
+    assert "stopping after this step" in said
+    command = re.search(r"kdq: stopped in epoch 2, saved; go on with: kdq (fit --config (\S+) --ckpt_path \S+)\n", said)
+    assert command[2] == "runs/broken/version_0/config.yaml"
+    assert torch.load(Path("runs/broken/version_0", last), weights_only=True)["global_step"] == 10
+    assert main([*command[1].split(), "--trainer.callbacks=[]"]) == 0
+    resumed = torch.load(Path("runs/broken/version_0", last), weights_only=True)
+    assert resumed["global_step"] == unbroken["global_step"] == 14
+    assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in unbroken["state_dict"].items())
+
+
+def test_ctrl_c_before_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdq_lightning.commands.report.main", interrupted)
+    assert main(["report", "runs"]) == 130
+    assert capsys.readouterr().err == "kdq: stopped\n"
 
 
 @pytest.mark.slow(seconds=80)

@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
+import re
 from collections.abc import Collection
+from difflib import get_close_matches
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -14,16 +16,41 @@ _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected 
 
 
 class OneLineErrors(ArgumentParser):
-    """A parser that ends the process with code 2 and one sentence, to which `hint` may add."""
+    """A parser that ends the process with code 2 and one sentence, to which `hint` may add.
+
+    An option must be spelt out: argparse would take `--trainer.max_epoch` for `max_epochs`, which a file may not say.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Build the parser; see jsonargparse's."""
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the sentence and end the process with code 2."""
         sentence = one_sentence(message)
-        self.exit(2, f"kdq: {sentence}{self.hint(sentence)} (options: {self.prog.replace(' [options]', '')} --help)\n")
+        hints = f"{self.hint(sentence)}{self._near(sentence)}{_list_hint(sentence)}"
+        command = self.prog.replace(" [options]", "") if self.prog.startswith("kdq") else "kdq COMMAND"  # of a class
+        self.exit(2, f"kdq: {sentence}{hints} (options: {command} --help)\n")
+
+    def _near(self, sentence: str) -> str:
+        """Return the option that an unknown one may be meant for."""
+        found = re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: --([^ =]+)", sentence)
+        if found is None:
+            return ""
+        known = {option[2:]: option for action in self._actions for option in action.option_strings}
+        known |= {option.rpartition(".")[2]: option for option in known.values()}
+        near = get_close_matches(found[1] or found[2], known, 1, cutoff=0.75)
+        return f", did you mean {near[0] if found[1] else known[near[0]]}?" if near else ""
 
     def hint(self, sentence: str) -> str:
         """Return what is to be added to jsonargparse's sentence, such as the names to choose from."""
         return ""
+
+
+def _list_hint(sentence: str) -> str:
+    """Return how to write a list of one, where a single value was given for a list."""
+    found = re.search(r"Expected a <class '(?:tuple|list)'>\. Got value: (\S+)", sentence)
+    return f": write [{found[1]}]" if found else ""
 
 
 def one_sentence(message: str) -> str:

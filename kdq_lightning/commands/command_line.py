@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
@@ -35,6 +36,7 @@ from kdq_lightning.runs.versions import is_finished, is_version, mark_finished
 from kdq_lightning.training.callbacks import NameDeadRank, RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.training.dashboard import Dashboard
 from kdq_lightning.training.header import Header
+from kdq_lightning.training.interruption import StoppedByUser
 from kdq_lightning.training.lightning_internals import WithoutRunning
 from kdq_lightning.training.post_training import PostTrainingQuantization
 from kdq_lightning.training.trainer import Trainer
@@ -298,11 +300,15 @@ def run_command(args: ArgsType = None) -> int:
         args: The command and its options; those of the process if not given.
 
     Raises:
-        SystemExit: With 2 if an option is unknown or malformed, with 143 if the process was told to terminate.
+        SystemExit: With 2 if an option is unknown or malformed, with 130 after Ctrl-C, with 143 if the process was told
+            to terminate.
     """
     quieten()
     try:
         build_command_line(CommandLine, args)
+    except StoppedByUser as stop:
+        rank_zero_only(print)(f"kdq: {stop}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from stop
     except SIGTERMException as stop:  # Lightning's own leave with 0
         raise SystemExit(128 + signal.SIGTERM) from stop
     return 0

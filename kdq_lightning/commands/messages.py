@@ -6,14 +6,13 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-import torch
-
 from kdq_lightning.errors import UserError
 
 
 def sentence_for(error: BaseException | None) -> str | None:
     """Return what to tell the user; jsonargparse wraps errors of constructors, so the causes are looked through."""
-    # Here, because Lightning takes seconds to import and `kdq report` needs none of it unless it fails.
+    # Here, because torch and Lightning take seconds to import and `kdq report` needs neither unless it fails.
+    import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     while error is not None:
@@ -36,9 +35,15 @@ def sentence_for(error: BaseException | None) -> str | None:
 
 
 def exit_code_of(command: Callable[[], int]) -> int:
-    """Call a command and return its exit code; if it fails, print one sentence that says why, and return 1."""
+    """Call a command and return its exit code; if it fails, print one sentence that says why, and return 1.
+
+    After Ctrl-C the code is 130, as is usual in a shell.
+    """
     try:
         return command()
+    except KeyboardInterrupt:
+        print("kdq: stopped", file=sys.stderr)
+        return 130
     except Exception as error:
         sentence = sentence_for(error)
         if sentence is None:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from kdq_lightning.commands.arguments import OneLineErrors
 from kdq_lightning.errors import check_range
 from kdq_lightning.files import parse_bytes, write_atomically
 from kdq_lightning.report.document import ReportOptions, compose
@@ -18,7 +18,7 @@ from kdq_lightning.report.table_formats import Table
 
 def main(args: list[str]) -> int:
     """Write the report, print the answer and the report's path, and return the exit code 0."""
-    parser = ArgumentParser(prog="kdq report", description="Tables, figures and the answer, from records alone.")
+    parser = OneLineErrors(prog="kdq report", description="Tables, figures and the answer, from records alone.")
     parser.add_argument("folders", nargs="+", type=Path, help="Folders; every record below them is read.")
     parser.add_argument("--out", type=Path, default=Path("report"), help="Folder that gets report.md and the rest.")
     parser.add_argument(

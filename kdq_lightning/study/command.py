@@ -4,8 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
+from kdq_lightning.commands.arguments import OneLineErrors
 from kdq_lightning.commands.report import write_report
 from kdq_lightning.errors import UserError
 from kdq_lightning.study.budget import make_plan
@@ -19,7 +18,7 @@ ROOT = Path("runs")
 
 def main(args: list[str]) -> int:
     """Run the study, and return the exit code: 0 if all of its runs have their records, else 1."""
-    parser = ArgumentParser(prog="kdq study", description="A list of runs, resumable, and the report over them.")
+    parser = OneLineErrors(prog="kdq study", description="A list of runs, resumable, and the report over them.")
     parser.add_argument("config", type=Path, help="The study's file, such as configs/study_quickstart.yaml.")
     parser.add_argument("--dry_run", action="store_true", help="Print the commands that are left, and run none.")
     parser.add_argument("--devices", type=int, default=1, help="Runs at once: one a GPU, or one a process on the CPU.")

@@ -3,9 +3,13 @@
 Nothing is saved at Ctrl-C: Lightning ends the command, and the last checkpoint stays.
 """
 
+import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +24,10 @@ from kdq_lightning.training.lightning_internals import pass_on_signal
 
 ASK_SECONDS = 2.0  # between two rounds in which all processes ask each other
 SAVE_SECONDS = 300.0  # between two checkpoints of an epoch that takes longer
+
+
+class StoppedByUser(SIGTERMException):
+    """Ctrl-C has ended a run after its step; `str` says what is saved, and the command that goes on."""
 
 
 class Interruption(Callback):
@@ -55,6 +63,34 @@ class Interruption(Callback):
             self.agreed |= not self._training
 
         signal.signal(signal.SIGTERM, note)
+
+    @contextmanager
+    def stop_at_ctrl_c(self, trainer: LightningTrainer) -> Iterator[None]:
+        """Let the first Ctrl-C stop as SIGTERM does, after the step; the next one stops at once.
+
+        Raises:
+            StoppedByUser: In place of Lightning's exception, if it was Ctrl-C.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        pressed, before = [], signal.getsignal(signal.SIGINT)
+
+        def note(signum: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, before)
+            pressed.append(signum)
+            print("stopping after this step (Ctrl-C once more stops at once)", file=sys.stderr, flush=True)
+            signal.raise_signal(signal.SIGTERM)
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        except SIGTERMException as stop:
+            if pressed:
+                raise StoppedByUser(_where_it_stopped(trainer)) from stop
+            raise
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Start the clocks."""
@@ -106,3 +142,14 @@ def _save(trainer: LightningTrainer) -> None:
     for keeper in trainer.checkpoint_callbacks:
         if isinstance(keeper, ModelCheckpoint) and keeper.filename == "last" and keeper.dirpath:
             trainer.save_checkpoint(Path(keeper.dirpath, "last.ckpt"))
+
+
+def _where_it_stopped(trainer: LightningTrainer) -> str:
+    """Say in which epoch a run has stopped, and how to go on."""
+    where = f"stopped in epoch {trainer.current_epoch + 1}" if trainer.training else "stopped"
+    for keeper in trainer.checkpoint_callbacks:
+        if isinstance(keeper, ModelCheckpoint) and keeper.filename == "last" and keeper.dirpath:
+            version = Path(os.path.relpath(Path(keeper.dirpath).parent))
+            if (version / "checkpoints" / "last.ckpt").is_file():
+                return f"{where}, saved; go on with: kdq fit --config {version / 'config.yaml'} --ckpt_path {version}"
+    return f"{where}; nothing is saved yet"

@@ -155,11 +155,14 @@ class Trainer(StageTrainer):
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Header) and isinstance(module, Classifier) and isinstance(data, ImageDataModule):
                 callback.announce(self, module, data)
-        if not self._quantizing:
+        if not (self._quantizing or self.training):  # a test or prediction leaves nothing to save
             return super().run_stage()
-        for callback in self._quantizers:
-            callback.quantize(self, self.lightning_module)
-        return []
+        with self._interruption.stop_at_ctrl_c(self):
+            if not self._quantizing:
+                return super().run_stage()
+            for callback in self._quantizers:
+                callback.quantize(self, self.lightning_module)
+            return []
 
 
 def _with_checkpoint_io(plugins: Any) -> list[Any]:  # noqa: ANN401
