@@ -285,7 +285,10 @@ class Classifier(EvaluatedModule):
         Raises:
             UserError: If the data now have other classes, or the same in another order.
         """
-        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        try:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+        except RuntimeError:  # no trainer is attached
+            data = None
         names = list(data.class_names) if isinstance(data, ImageDataModule) and hasattr(data, "train_set") else None
         if names is not None and (then := checkpoint["data"].get("class_names", names)) != names:
             raise UserError(

@@ -1,6 +1,6 @@
 """Saves `last.ckpt` every few minutes of a long epoch, and when SIGTERM arrives.
 
-Nothing is saved at Ctrl-C: Lightning ends the command, and the last checkpoint stays.
+The first Ctrl-C does as SIGTERM does; a second one stops at once, and the last checkpoint stays.
 """
 
 import os
