@@ -27,6 +27,7 @@ from kdq_lightning.modules.training_epoch import TrainingEpoch
 from kdq_lightning.networks import NETWORKS, build_network, check_images, pretrained_state
 from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.methods import DEFAULT_METHOD
+from kdq_lightning.random_draws import random_integers
 from kdq_lightning.runs.checkpoints import checkpoint_statistics, load_trained, network_state
 from kdq_lightning.runs.class_names import shorten_names
 from kdq_lightning.runs.records import FLOAT_BITS
@@ -370,6 +371,7 @@ class Classifier(EvaluatedModule):
 
     def training_step(self, batch: View, batch_idx: int) -> Tensor:
         """Return the strategy's loss; its parts are summed on the device and logged once an epoch."""
+        self._seed_draws(batch_idx)
         losses = self.losses(batch)
         self.validation_scores = {}
         with torch.no_grad():
@@ -380,6 +382,16 @@ class Classifier(EvaluatedModule):
         if batch_idx % CHECK_EVERY == 0:
             self._refuse_nan()
         return losses.loss
+
+    def _seed_draws(self, batch_idx: int) -> None:
+        """Let what a network draws in a step, such as dropout, depend on seed, epoch, batch and rank alone.
+
+        A run that goes on within an epoch then draws what the unbroken run does. Networks that draw nothing are spared.
+        """
+        if all(name in NETWORKS for name in self.network_names().values()):
+            return
+        seed = getattr(self.trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
+        torch.manual_seed(int(random_integers(seed, self.current_epoch, batch_idx, self.global_rank)))
 
     def _refuse_nan(self) -> None:
         """Stop on every rank if a loss was not finite on any rank, before such weights are saved."""

@@ -212,7 +212,8 @@ def _channels_in(file: Path, metadata: Mapping[str, str], name: str) -> Channels
 
 def add_network_arguments(parser: ArgumentParser) -> None:
     """Add the options that describe a plain state dict to a command without a model."""
-    parser.add_argument("--network", type=str | None, help="Name of a plain state dict's network.")
+    parser.add_argument("--network", type=str | None, help="Name of a plain state dict's network, or of your own.")
+    parser.add_argument("--network_args", type=dict | None, default=None, help="Further arguments of that network.")
     parser.add_argument("--mean", type=float, nargs="+", help="Channel means of a plain state dict's inputs.")
     parser.add_argument("--std", type=float, nargs="+", help="Channel deviations of a plain state dict's inputs.")
 
@@ -228,4 +229,6 @@ def load_network(path: str | Path, options: Namespace) -> TrainedNetwork:
         UserError: If nothing is there, it can't be read, or it says too little of itself.
     """
     mean, std = (tuple(values) if values else None for values in (options.mean, options.std))
-    return next(iter(load_trained(path, Description(options.network, mean, std)).values()))
+    return next(
+        iter(load_trained(path, Description(options.network, mean, std, network_args=options.network_args)).values())
+    )

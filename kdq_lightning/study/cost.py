@@ -38,6 +38,17 @@ class RunCost(NamedTuple):
     after: float
 
 
+class Architecture(NamedTuple):
+    """A network before it is trained: its name, and its arguments if it has any."""
+
+    name: str
+    network_args: Mapping[str, Any] | None
+
+    def build(self, data: ImageDataModule) -> nn.Module:
+        """Build it for the data's classes."""
+        return build_network(self.name, data.num_classes, self.network_args)
+
+
 class CostMeter:
     """Measures what runs take; what has the same networks, options and images is measured once."""
 
@@ -54,7 +65,7 @@ class CostMeter:
         self.device = torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
         self._data: dict[str, ImageDataModule] = {}
         self._views: dict[str, dict[str, object]] = {}
-        self._networks: dict[Run, str] = {}  # the first network of each run that teaches
+        self._networks: dict[Run, Architecture] = {}  # the first network of each run that teaches
         self._seconds: dict[tuple[object, ...], float] = {}
 
     def change(self, run: Run, key: str, value: object) -> None:
@@ -97,8 +108,8 @@ class CostMeter:
         """
         data, quantization, trainer = self.data(run), self.configs[run]["quantization"], self.configs[run]["trainer"]
         module = self._module(run)
-        networks = list(module.network_names().values())
-        forward = sum(self.forward_seconds(name, data) for name in networks)
+        networks = [Architecture(name, module.network_args) for name in module.network_names().values()]
+        forward = sum(self.forward_seconds(network, data) for network in networks)
         after = 0.0
         if quantization["enabled"]:
             choices = [quantization[name] for name in ("methods", "solver", "codebook")]
@@ -110,7 +121,7 @@ class CostMeter:
                 after += evaluated * self.forward_seconds(teacher, data)
             count = quantization["calibration_images"]
             for method in methods.values():
-                after += sum(self.quantization_seconds(name, data, count, bits, method) for name in networks)
+                after += sum(self.quantization_seconds(network, data, count, bits, method) for network in networks)
         if run.command != "fit":
             return RunCost(0.0, after)
         sizes = self.image_sizes(run)
@@ -139,7 +150,7 @@ class CostMeter:
             finally:
                 data.image_sizes = own
 
-        taught = self._teacher_network(run), self._finds_logits(run)
+        taught = str(self._teacher_network(run)), self._finds_logits(run)
         return self._once((type(module), str(module.hparams), *taught, size, str(options), id(data)), measure)
 
     def _strategy(self, run: Run) -> type[Classifier]:
@@ -148,24 +159,27 @@ class CostMeter:
 
     def _module(self, run: Run) -> Classifier:
         """Return a module whose training batch costs what one of the run costs, its teacher untrained."""
-        data, name = self.data(run), self._teacher_network(run)
-        teacher = Teacher(build_network(name, data.num_classes), data.statistics, name) if name else None
+        data, taught_by = self.data(run), self._teacher_network(run)
+        teacher = Teacher(taught_by.build(data), data.statistics, taught_by.name) if taught_by else None
         options = {**self.configs[run]["model"]["init_args"], "num_classes": data.num_classes}
         return self._strategy(run).for_timing(options, teacher, self._finds_logits(run))
 
-    def _teacher_network(self, run: Run) -> str | None:
+    def _teacher_network(self, run: Run) -> Architecture | None:
         """Return the network of the teacher: as the options say, or the run or the file that it comes from."""
         model = self.configs[run]["model"]["init_args"]
         if run.command != "fit" or not model.get("teacher"):
             return None
         if model.get("teacher_network"):
-            return str(model["teacher_network"])
+            return Architecture(str(model["teacher_network"]), model.get("teacher_network_args"))
         for other in self.runs:
             if str(other.folder) == model["teacher"]:
                 if other not in self._networks:
-                    self._networks[other] = next(iter(self._module(other).network_names().values()))
+                    module = self._module(other)
+                    name = next(iter(module.network_names().values()))
+                    self._networks[other] = Architecture(name, module.network_args)
                 return self._networks[other]
-        return next(iter(load_trained(model["teacher"]).values())).network
+        trained = next(iter(load_trained(model["teacher"]).values()))
+        return Architecture(trained.network, trained.network_args)
 
     def _finds_logits(self, run: Run) -> bool:
         """Return whether a run before this one, not beside it, keeps the teacher's logits on the same views."""
@@ -184,34 +198,41 @@ class CostMeter:
             self._views[key] = self.data(run).view_key()
         return self._views[key]
 
-    def forward_seconds(self, name: str, data: ImageDataModule) -> float:
+    def forward_seconds(self, architecture: Architecture, data: ImageDataModule) -> float:
         """Return the seconds of a network's forward in evaluation, per image."""
-        network, images = self._network_and_images(name, data, IMAGES)
+        network, images = self._network_and_images(architecture, data, IMAGES)
 
         @torch.no_grad()
         def forward() -> float:
             return float(network(images).sum())  # which waits for the device
 
         def measure() -> float:
-            return interleaved({name: forward}, REPEATS)[name].median / len(images)
+            return interleaved({"forward": forward}, REPEATS)["forward"].median / len(images)
 
-        return self._once(("forward", name, id(data)), measure)
+        return self._once(("forward", str(architecture), id(data)), measure)
 
     def quantization_seconds(
-        self, name: str, data: ImageDataModule, count: int, bits: Sequence[int], method: Mapping[str, Any]
+        self,
+        architecture: Architecture,
+        data: ImageDataModule,
+        count: int,
+        bits: Sequence[int],
+        method: Mapping[str, Any],
     ) -> float:
         """Return the seconds of quantizing a network by a method at all bit widths together, on `count` images."""
-        network, images = self._network_and_images(name, data, count)
+        network, images = self._network_and_images(architecture, data, count)
 
         def measure() -> float:
             start = time.perf_counter()
             quantize(network, [images], bits, **method)
             return time.perf_counter() - start
 
-        return self._once(("quantize", name, count, bits, str(method), id(data)), measure)
+        return self._once(("quantize", str(architecture), count, bits, str(method), id(data)), measure)
 
-    def _network_and_images(self, name: str, data: ImageDataModule, count: int) -> tuple[nn.Module, Tensor]:
-        network = build_network(name, data.num_classes).eval().to(self.device).to(memory_format=torch.channels_last)
+    def _network_and_images(
+        self, architecture: Architecture, data: ImageDataModule, count: int
+    ) -> tuple[nn.Module, Tensor]:
+        network = architecture.build(data).eval().to(self.device).to(memory_format=torch.channels_last)
         return network, data.normalize(data.train_set.images[:count]).to(self.device)
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], float]) -> float:
