@@ -395,3 +395,12 @@ def test_kill_minus_9_between_two_methods(workspace: Path):
     assert [(row["method"], row["bits"]) for row in after] == WANTED
     assert [row for row in after if row["method"] != "gpfq"] == before
     assert all(path.stat().st_mtime_ns == time for path, time in files.items() if "gpfq" not in path.name)
+
+
+def test_budgets(workspace: Path):
+    """Files of mixed bits, which say of themselves what a foreign project knows, fit too."""
+    trainer(callback(bits=(4,), methods=("default",), budgets=("2kB",)), logger=False).fit(Project(), *loaders())
+    (mixed,) = [row for row in rows(".") if row["method"] == "mixed"]
+    assert mixed["budget"] == "2000"
+    size = Path("packed", "net-mixed-2000B.safetensors").stat().st_size
+    assert 1_700 < size <= 2_000 and size == int(mixed["packed_bytes"])
