@@ -352,7 +352,7 @@ def cached(tree):
 
 def test_cache_is_used_and_right(tree, monkeypatch):
     fresh = read(tree)
-    monkeypatch.setattr(folders, "_decode_all", None)
+    monkeypatch.setattr(folders, "decode_files", None)
     assert equal(read(tree), fresh)
     assert sorted(p.name for p in tree.iterdir()) == [".train-32px.safetensors", "test", "train"]
 
@@ -370,7 +370,7 @@ def test_damaged_cache_is_rebuilt(tree, damage, monkeypatch):
     fresh = read(tree)
     damage(tree)
     assert equal(read(tree), fresh)
-    monkeypatch.setattr(folders, "_decode_all", None)
+    monkeypatch.setattr(folders, "decode_files", None)
     assert equal(read(tree), fresh)
 
 

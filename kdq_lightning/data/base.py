@@ -93,13 +93,19 @@ class ImageDataModule(LightningDataModule, ABC):
         self.split_seed = split_seed
         # Some ranks have nothing of a small last evaluation batch.
         self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.notes: list[str] = []  # on the data, for the user
+        self.val_index: Tensor = None  # type: ignore[assignment]  # setup chooses, unless `read` has set it
         self._is_set_up = False
         self._train_sampler: GlobalBatchSampler | None = None
         self._position: dict[str, int] = {}
 
     @abstractmethod
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """Return the whole training set and the test set, each in canonical order."""
+        """Return the whole training set and the test set, each in canonical order.
+
+        Where the data say which images are for validation, these are among the training set, and `read` sets
+        `val_index` to their indices.
+        """
 
     def setup(self, stage: str | None = None) -> None:
         """Read all images, once, and split off the validation images.
@@ -113,15 +119,34 @@ class ImageDataModule(LightningDataModule, ABC):
             self.train_set, self.test_set = self.read()
         except OSError as error:
             raise UserError(f"the images of {self.dataset} can't be read ({error}): check their folder") from error
+        self.notes += [*self.train_set.notes, *self.test_set.notes]
+        total = len(self.train_set)
+        if self.val_index is None:
+            self.val_index = self._choose_validation()
+        is_training = torch.ones(total, dtype=torch.bool)
+        is_training[self.val_index] = False
+        self.train_index = is_training.nonzero().squeeze(1)
+        self._note_missing_classes()
+        self._is_set_up = True
+
+    def _choose_validation(self) -> Tensor:
+        """Return the canonical indices of the validation images, in ascending order."""
         total = len(self.train_set)
         size = self.val_size * total if self.val_size < 1 else self.val_size
         if not 0 <= size <= total - 1:
             raise UserError(f"val_size {self.val_size} doesn't fit the {total} training images of {self.dataset}")
-        self.val_index = stratified_sample(self.train_set.labels, round(size), self.split_seed).sort().values
-        is_training = torch.ones(total, dtype=torch.bool)
-        is_training[self.val_index] = False
-        self.train_index = is_training.nonzero().squeeze(1)
-        self._is_set_up = True
+        return stratified_sample(self.train_set.labels, round(size), self.split_seed).sort().values
+
+    def _note_missing_classes(self) -> None:
+        counts = self.train_set.labels[self.train_index].bincount(minlength=self.num_classes)
+        missing = [self.train_set.class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
+        if missing:
+            first = missing[0].encode("utf-8", "backslashreplace").decode()
+            others = f" and of {len(missing) - 1} other classes" if len(missing) > 1 else ""
+            self.notes.append(
+                f"all images of class {first}{others} are kept for validation, none is trained on: add images, or give"
+                " a smaller data.val_size"
+            )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """Datamodules: CIFAR-10 and CIFAR-100, any tree of class folders, and scikit-learn's digits."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torchvision.datasets.utils import check_integrity
 
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.data.folders import class_folders, read_class_folders
-from kdq_lightning.data.images import ImageSet, canonical_set, stratified_sample
+from kdq_lightning.data.images import ImageSet, canonical_set, joined, stratified_sample
 from kdq_lightning.data.normalization import Channels
 from kdq_lightning.errors import UserError
 
@@ -19,6 +20,8 @@ _CIFAR = {
     "cifar10": (CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": (CIFAR100, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
+_SPLITS = ("train", "test")
+_TEST_SHARE = 0.2  # of a folder without splits
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -110,7 +113,10 @@ class CIFARDataModule(ImageDataModule):
 
 
 class ImageFolderDataModule(ImageDataModule):
-    """Any tree `{train,test}/<class>/<image>`."""
+    """Any tree `{train,test}/<class>/<image>` or `{train,val,test}/<class>/<image>`, or one folder `<class>/<image>`.
+
+    One folder alone is split: a stratified fifth is the test set, the same for every seed of a run.
+    """
 
     def __init__(
         self,
@@ -124,18 +130,20 @@ class ImageFolderDataModule(ImageDataModule):
         """Count the class folders; no image is read yet.
 
         Args:
-            root: Folder that holds `train` and `test`.
+            root: Folder that holds `train`, `test` and perhaps `val`, or the folders of the classes.
             image_size: Side in pixels that images are scaled and cropped to.
             mean: Channel means; ImageNet's if not given.
             std: Channel standard deviations; ImageNet's if not given.
-            val_size: Images kept from training for validation: a count, or a fraction below 1.
+            val_size: Images kept from training for validation: a count, or a fraction below 1. Not used where there is
+                a folder `val`.
             options: See ImageDataModule.
 
         Raises:
             UserError: If there are no class folders, or an option is out of its range.
         """
-        self.root = Path(root)
-        self._names = class_folders(self.root / "train")
+        self.root = Path(root).expanduser()
+        self._is_split = any((self.root / split).is_dir() for split in ("train", "test"))
+        self._names = class_folders(self.root / "train" if self._is_split or not self.root.is_dir() else self.root)
         super().__init__(
             dataset=self.root.resolve().name,
             num_classes=len(self._names),
@@ -147,11 +155,22 @@ class ImageFolderDataModule(ImageDataModule):
         )
 
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """Return training and test set."""
-        return (
-            read_class_folders(self.root / "train", self._names, self.image_size),
-            read_class_folders(self.root / "test", self._names, self.image_size),
-        )
+        """Return training and test set; the images of a folder `val` are among the training set."""
+        if not self._is_split:
+            return self._read_one_folder()
+        train, test = (read_class_folders(self.root / split, self._names, self.image_size) for split in _SPLITS)
+        if (self.root / "val").is_dir():
+            val = read_class_folders(self.root / "val", self._names, self.image_size, may_lack_classes=True)
+            train, self.val_index = joined(train, val)
+        return train, test
+
+    def _read_one_folder(self) -> tuple[ImageSet, ImageSet]:
+        whole = read_class_folders(self.root, self._names, self.image_size, cache=self.root)
+        is_test = torch.zeros(len(whole), dtype=torch.bool)
+        is_test[stratified_sample(whole.labels, round(_TEST_SHARE * len(whole)), self.split_seed)] = True
+        train, test = (whole.take(chosen.nonzero().squeeze(1)) for chosen in (~is_test, is_test))
+        note = f"{self.root} has no folders train and test: {len(test)} of its images are the test set"
+        return replace(train, notes=(*whole.notes, note)), test
 
 
 class DigitsDataModule(ImageDataModule):

@@ -59,7 +59,7 @@ def header_lines(trainer: LightningTrainer, module: Classifier, data: ImageDataM
         ("folder", [_relative(folder)] if folder else []),
         ("weights", [_relative(module.origin[0]), *module.origin[1:]] if module.origin else []),
         ("teacher", [_relative(teacher.origin[0]), *teacher.origin[1:]] if teacher and teacher.origin else []),
-        ("note", module.notes),
+        ("note", [*module.notes, *data.notes]),
     ]
     return [line for label, texts in facts for line in _labelled(label, texts)]
 
