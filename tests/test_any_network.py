@@ -243,17 +243,6 @@ def test_a_run_goes_on_with_its_own_arguments_alone(workspace: Path, capsys: pyt
     assert "was trained with network_args {'dropout': 0.5}, this command says None" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("model", ["Classifier", "HintKD"])
-def test_two_ranks(model: str, photos: Path, workspace: Path):
-    """Every parameter gets a gradient in both stages, and the quantized rows are there."""
-    own = ["--model=Classifier", f"--model.network={MOBILE}"] if model == "Classifier" else []
-    options = own or hints(photos, MOBILE, "features.3")
-    two = ["--trainer.strategy=ddp_fork", "--trainer.devices=2", "--quantization.methods=[default]", "--name=two"]
-    assert main(["fit", *options, *folder(photos), *CPU, *ONE_STEP, *ROUNDING, *two, "--trainer.max_epochs=2"]) == 0
-    assert rows("two", "custom").keys() == {4, 32}
-    assert torch.load("runs/two/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
-
-
 def test_a_study(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """A student of torchvision's, planned within a budget, trained, quantized and reported."""
     runs = {

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +124,46 @@ def test_every_strategy_trains_on_two_ranks(strategy: str, images: Path, teacher
     assert main([*arguments, "--trainer.max_epochs=2", "--trainer.limit_train_batches=3"]) == 0
     checkpoint = torch.load(f"runs/{strategy}_cpu/version_0/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6
+
+
+@pytest.mark.parametrize("strategy", ["control", "hint"])
+def test_a_network_of_torchvision_on_two_ranks(strategy: str, images: Path, teacher_run: Path, workspace: Path):
+    """Trained through both stages of hints between unlike networks, and quantized."""
+    arguments = ["fit", "--config", config(f"{strategy}_cpu"), f"--data.root={images}", *FEW_STEPS, *TWO]
+    arguments += ["--model.init_args.network=torchvision/mobilenet_v3_small", "--trainer.max_epochs=2"]
+    arguments += ["--model.init_args.learning_rate=0.001", "--trainer.limit_train_batches=2"]
+    arguments += ["--quantization.solver=rounding", "--quantization.methods=[default]"]
+    if strategy == "hint":
+        arguments += [f"--model.init_args.teacher={teacher_run}", "--model.init_args.hint_layer=features.1"]
+        arguments += ["--model.init_args.hint_share=0.5"]
+    assert main(arguments) == 0
+    version = Path(f"runs/{strategy}_cpu/version_0")
+    assert {record.bits for record in read_records(version)} == {4, 32}
+    assert torch.load(version / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+
+
+class KeepWeights(Callback):
+    """Writes down a weight of the first half, of the head and of the regressor after each step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        network = pl_module.network
+        parts = network.layer1[0].conv1.weight, network.linear.weight, pl_module.regressor.weight
+        if trainer.is_global_zero:
+            torch.save([part.detach() for part in parts], f"kept-{trainer.global_step}.pt")
+
+
+@pytest.mark.parametrize("ranks", [[], TWO], ids=["1", "2"])
+def test_a_given_optimizer_keeps_the_stages_of_hints(ranks: list[str], images: Path, teacher_run: Path, workspace):
+    """In stage 1 only the first half moves, though AdamW decays whatever has a gradient, and two ranks give all one."""
+    arguments = ["fit", "--config", config("hint_cpu"), f"--data.root={images}", *FEW_STEPS, *ranks]
+    arguments += ["--model.init_args.network=resnet8", f"--model.init_args.teacher={teacher_run}"]
+    arguments += ["--model.init_args.hint_share=0.5", "--trainer.max_epochs=2", "--trainer.limit_train_batches=3"]
+    arguments += ["--optimizer=AdamW", "--optimizer.lr=0.003", "--optimizer.weight_decay=0.1"]
+    arguments += ["--trainer.callbacks+=tests.test_distributed.KeepWeights", "--quantization.enabled=false"]
+    assert main(arguments) == 0
+    steps = [torch.load(f"kept-{step}.pt") for step in range(1, 7)]
+    moves = [[not torch.equal(a, b) for a, b in pairwise(part)] for part in zip(*steps, strict=True)]
+    assert moves == [[True] * 5, [False, False, True, True, True], [True, True, False, False, False]]
 
 
 def test_ranks_gather_their_teachers_answers(images: Path, teacher_run: Path, workspace: Path):

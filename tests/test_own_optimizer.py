@@ -1,12 +1,11 @@
 """`--optimizer` and `--lr_scheduler`, precisions, seeds and paths: options beside the module's own."""
 
 import os
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import seed_everything
 from torch import nn
 
 from kdq_lightning.cli import main
@@ -25,18 +24,6 @@ CONTROL = ["--model=Classifier", *DIGITS]
 NO_BITS = "--quantization.enabled=false"
 ADAM = ["--optimizer=AdamW", "--optimizer.lr=0.003", "--optimizer.weight_decay=0.1"]
 STEP = ["--lr_scheduler=StepLR", "--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.5"]
-
-
-SEEN = []  # by `Steps`
-
-
-class Steps(Callback):
-    """Remembers a weight of the first half, of the head and of the regressor after each step."""
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        network = pl_module.network
-        parts = network.layer1[0].conv1.weight, network.linear.weight, pl_module.regressor.weight
-        SEEN.append([part.detach().clone() for part in parts])
 
 
 def weights(run: str) -> dict[str, torch.Tensor]:
@@ -105,17 +92,6 @@ def test_resume_knows_them(workspace: Path, capsys: pytest.CaptureFixture[str]):
 def test_a_plateau_watches_a_tag(workspace: Path):
     plateau = ["--lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--lr_scheduler.monitor=val/loss"]
     assert main(["fit", *CONTROL, *ADAM, *plateau, NO_BITS, "--name=run"]) == 0
-
-
-def test_hints_keep_their_stages(workspace: Path):
-    """In stage 1 only the first half moves, though AdamW decays whatever has a gradient; then all of it."""
-    assert main(["fit", *CONTROL, "--model.strategy=teacher", NO_BITS, "--name=teacher"]) == 0
-    hint = ["--model=HintKD", *DIGITS, "--model.teacher=runs/teacher", *ADAM, NO_BITS]
-    steps = "--trainer.callbacks+=tests.test_own_optimizer.Steps"
-    assert main(["fit", *hint, "--model.hint_share=0.5", steps, "--name=hinted"]) == 0
-    parts = [list(part) for part in zip(*SEEN, strict=True)]
-    moves = [[not torch.equal(a, b) for a, b in pairwise(part)] for part in parts]
-    assert moves == [[True] * 5, [False, False, True, True, True], [True, True, False, False, False]]
 
 
 def test_what_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]):
