@@ -76,10 +76,13 @@ def test_validate_test_and_predict_on_a_packed_file(
         assert float(line.split("│")[2]) == pytest.approx(expected, abs=1e-4)
     assert command("validate", images, SMALL, f"--ckpt_path={packed}") == 0
     assert command("predict", images, SMALL, f"--ckpt_path={packed}") == 0
-    with (packed.parents[1] / "predictions.csv").open() as file:
+    assert not (packed.parents[1] / "predictions.csv").exists(), "those of the float network"
+    with (packed.parents[1] / f"predictions-{packed.stem}.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["image"]) for row in rows] == list(range(len(labels)))
-    assert [int(row["top1"]) for row in rows] == probability.argmax(1).tolist()
+    names = [f"class{label:03d}" for label in range(10)]
+    assert [row["label"] for row in rows] == [names[label] for label in labels]
+    assert all(row["file"].startswith(f"test/{row['label']}/") for row in rows)
+    assert [row["predicted"] for row in rows] == [names[label] for label in probability.argmax(1)]
     found = torch.tensor([float(row["probability"]) for row in rows])
     torch.testing.assert_close(found, probability.amax(1), rtol=0, atol=1e-5)
 
@@ -89,7 +92,7 @@ def test_predictions_of_a_file_outside_a_run(packed: Path, images: Path):
     shutil.copy(packed, "downloaded.safetensors")
     for _ in range(2):
         assert command("predict", images, SMALL, "--ckpt_path=downloaded.safetensors") == 0
-    assert len(list(Path("runs/control_cpu-predicted").glob("version_[01]/predictions.csv"))) == 2
+    assert len(list(Path("runs/control_cpu-predicted").glob("version_[01]/predictions-downloaded.csv"))) == 2
     assert not Path("predictions.csv").exists()
 
 

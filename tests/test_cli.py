@@ -102,8 +102,9 @@ def test_quickstart_then_test_and_predict(workspace: Path, capsys: pytest.Captur
     assert main(["predict", *quick, "--ckpt_path", "runs/quickstart"]) == 0
     with (workspace / "runs/quickstart/version_0/predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["image"]) for row in rows] == list(range(len(rows))) and len(rows) > 300
-    assert all(0 <= int(row["top1"]) < 10 and 0 < float(row["probability"]) <= 1 for row in rows)
+    assert [row["file"] for row in rows] == [f"test/{i}" for i in range(len(rows))] and len(rows) > 300
+    assert all(row["predicted"] in "0123456789" and 0 < float(row["probability"]) <= 1 for row in rows)
+    assert sum(row["predicted"] == row["label"] for row in rows) > 0.6 * len(rows)
     assert [path.name for path in (workspace / "runs").iterdir()] == ["quickstart"]
     assert len(list((workspace / "runs/quickstart").iterdir())) == 1
 

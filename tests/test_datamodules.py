@@ -196,8 +196,12 @@ def test_calibration_images(archive):
     assert not set(index.tolist()) & set(data.val_index.tolist())
     assert data.train_set.labels[index].bincount().tolist() == [3] * 10
     assert torch.equal(index, cifar(archive, seed=9).calibration_images(30)[1])
-    with pytest.raises(UserError, match="61 calibration images asked for, and 60"):
-        data.calibration_images(61)
+    assert data.notes == []
+    for _ in range(2):
+        assert sorted(data.calibration_images(61)[1].tolist()) == data.train_index.tolist()
+    assert data.notes == ["all 60 training images are calibrated on: 61 are asked for"], "said once"
+    with pytest.raises(UserError, match="calibration_images must be at least 1"):
+        data.calibration_images(0)
 
 
 def test_loaders(archive):

@@ -129,7 +129,7 @@ def test_files_belong_to_their_images(tmp_path: Path):
     for data in (load(root), load(root)):  # decoded, then from the cache
         for images in (data.train_set, data.test_set):
             for name, image in zip(images.files, images.images, strict=True):
-                assert torch.equal(torch.from_numpy(decode_file(str(root / name), 16)).permute(2, 0, 1), image)
+                assert torch.equal(torch.tensor(decode_file(str(root / name), 16)).permute(2, 0, 1), image)
 
 
 @pytest.mark.parametrize("name", ["Thumbs.db", "THUMBS.DB", "desktop.ini", ".DS_Store", "._1.png", "Icon\r", "@eaDir"])
@@ -158,7 +158,7 @@ def test_a_folder_of_validation_images(tmp_path: Path):
     assert all(data.train_set.files[i].startswith("train/") for i in data.train_index.tolist())
     assert len(data.train_index) == 9 and data.train_set.labels.tolist() == [0] * 8 + [1] * 4
     for name, image in zip(data.train_set.files, data.train_set.images, strict=True):
-        assert torch.equal(torch.from_numpy(decode_file(str(root / name), 16)).permute(2, 0, 1), image)
+        assert torch.equal(torch.tensor(decode_file(str(root / name), 16)).permute(2, 0, 1), image)
     (root / "val/c").mkdir()
     with pytest.raises(UserError, match="val/c is not a class of the training images"):
         load(root)

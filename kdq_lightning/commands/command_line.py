@@ -30,6 +30,7 @@ from kdq_lightning.modules.hint import HintKD
 from kdq_lightning.modules.mixup import MixupKD
 from kdq_lightning.modules.recover import Recover
 from kdq_lightning.modules.vanilla import VanillaKD
+from kdq_lightning.quantization.packing import is_packed
 from kdq_lightning.runs.checkpoints import find_checkpoint
 from kdq_lightning.runs.config_hash import config_hash, version_hash
 from kdq_lightning.runs.versions import is_finished, is_version, mark_finished
@@ -78,6 +79,10 @@ class CommandLine(LightningCLI):
         parser.add_argument(
             "--name", type=str | None, default=None, help="Run folder; default: the config's file name."
         )
+        if set(self.subcommands()) == {"predict"}:  # `build_command_line` collects the options of one command
+            parser.add_argument(
+                "--images", type=str | None, default=None, help="Folder of images to predict; default: the test images."
+            )
         own = {"network", "evaluate"}  # of modules that are not ours
         parser.add_class_arguments(PostTrainingQuantization, "quantization", sub_configs=True, skip=own)
         parser.callback_keys.append("quantization")
@@ -167,7 +172,7 @@ class CommandLine(LightningCLI):
         if self.subcommand == "quantize":
             return [RunFolder()]
         if self.subcommand == "predict":
-            return [WritePredictions(self._predictions_folder)]
+            return [WritePredictions(self._predictions_path)]
         return []
 
     def _run_logger(self, given: Any) -> Any:  # noqa: ANN401 - one logger, several, or False for none
@@ -182,12 +187,22 @@ class CommandLine(LightningCLI):
             return Dashboard(self.root, name, number)
         return False
 
-    def _predictions_folder(self) -> Path:
-        """Return the run folder that the weights lie in; weights from elsewhere get a folder of their own."""
-        version = Path(self.config.predict.model.init_args.weights).resolve().parent.parent
-        if is_version(version):
-            return version
-        return Path(Dashboard(self.root, f"{self.run_name}-predicted").log_dir)
+    def _predictions_path(self) -> Path:
+        """Return the file for predictions, in the run folder that the weights lie in.
+
+        Weights from elsewhere get a folder of their own, and a packed file gets a name of its own.
+        """
+        weights = Path(self.config.predict.model.init_args.weights).resolve()
+        version = weights.parent.parent
+        if not is_version(version):
+            version = Path(Dashboard(self.root, f"{self.run_name}-predicted").log_dir)
+        return version / (f"predictions-{weights.stem}.csv" if is_packed(weights) else "predictions.csv")
+
+    def before_predict(self) -> None:
+        """Let the datamodule predict the images of a folder, if one is given."""
+        if folder := self.config.predict.images:
+            self.datamodule.prepare_data()
+            self.datamodule.predict_folder(Path(folder))
 
     # --- running
 
@@ -226,6 +241,7 @@ def _expand_home(config: Namespace) -> None:
     places = (
         *((config, "ckpt_path"), (config.trainer, "default_root_dir"), (config.data.get("init_args"), "root")),
         *((config.model.get("init_args"), key) for key in ("weights", "teacher", "teacher_cache", "packed")),
+        (config, "images"),
     )
     for group, key in places:
         if group is not None and isinstance(path := group.get(key), str | Path) and str(path).startswith("~"):

@@ -6,6 +6,7 @@ It also makes the validation split and chooses the calibration images.
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kdq_lightning.data.augmentation import View, augment
+from kdq_lightning.data.folders import read_any_folder
 from kdq_lightning.data.images import Batch, ImageSet, stratified_sample
 from kdq_lightning.data.normalization import Channels, Statistics, normalize, to_unit_range
 from kdq_lightning.data.sampler import GlobalBatchSampler, ResumableLoader
-from kdq_lightning.errors import UserError
+from kdq_lightning.errors import UserError, check_range
 
 
 class ImageDataModule(LightningDataModule, ABC):
@@ -95,6 +97,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.notes: list[str] = []  # on the data, for the user
         self.val_index: Tensor = None  # type: ignore[assignment]  # setup chooses, unless `read` has set it
+        self._images_to_predict: ImageSet | None = None
         self._is_set_up = False
         self._train_sampler: GlobalBatchSampler | None = None
         self._position: dict[str, int] = {}
@@ -161,17 +164,22 @@ class ImageDataModule(LightningDataModule, ABC):
     def calibration_images(self, count: int) -> tuple[Tensor, Tensor]:
         """Return training images for quantization: stratified, not augmented, the same for every seed of a run.
 
+        Where there are fewer training images than asked for, all of them are taken, and a note says so.
+
         Args:
             count: Number of images.
 
         Returns:
-            uint8 images (count, channels, h, w) in random order, and their canonical indices (count,).
+            uint8 images (images, channels, h, w) in random order, and their canonical indices (images,).
 
         Raises:
-            UserError: If there are fewer training images than that.
+            UserError: If the number is not at least 1.
         """
-        if not 1 <= count <= len(self.train_index):
-            raise UserError(f"{count} calibration images asked for, and {len(self.train_index)} training images there")
+        check_range("calibration_images", count, low=1, including_low=True)
+        if count > len(self.train_index):
+            note = f"all {len(self.train_index)} training images are calibrated on: {count} are asked for"
+            self.notes += [note] * (note not in self.notes)
+            count = len(self.train_index)
         labels = self.train_set.labels[self.train_index]
         index = self.train_index[stratified_sample(labels, count, self.split_seed)]
         return self.train_set.images[index], index
@@ -212,9 +220,27 @@ class ImageDataModule(LightningDataModule, ABC):
         """Return the loader of the test images in canonical order."""
         return self._evaluation_loader(self.test_set, torch.arange(len(self.test_set)))
 
+    @property
+    def predicted_set(self) -> ImageSet:
+        """Return the images to predict: those of the folder `images`, the test images if it is not given."""
+        return self.test_set if self._images_to_predict is None else self._images_to_predict
+
+    def predict_folder(self, folder: Path) -> None:
+        """Predict the images in a folder instead of the test images.
+
+        Args:
+            folder: Images lie in it and in its folders; one in a folder that is named after a class has this label.
+
+        Raises:
+            UserError: If there is no image, or one can't be read.
+        """
+        self.setup("predict")
+        self._images_to_predict = read_any_folder(folder, self.class_names, self.image_size)
+        self.notes += self._images_to_predict.notes
+
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Return the loader of the test images in canonical order."""
-        return self.test_dataloader()
+        """Return the loader of the images to predict; see `predicted_set`."""
+        return self._evaluation_loader(self.predicted_set, torch.arange(len(self.predicted_set)))
 
     def _evaluation_loader(self, images: ImageSet, index: Tensor) -> DataLoader[Batch]:
         return DataLoader(images, sampler=self._sampler(index), batch_size=None, collate_fn=_as_it_is)

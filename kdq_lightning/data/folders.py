@@ -84,6 +84,39 @@ def read_class_folders(
     return replace(found, notes=notes)
 
 
+def read_any_folder(folder: Path, class_names: list[str], size: int) -> ImageSet:
+    """Return the images in a folder and in all folders below it, labelled or not, in order of their paths.
+
+    Args:
+        folder: An image's label is the class that the folder nearest to it is named after; -1 if there is none.
+        class_names: Name of each label.
+        size: Side in pixels; other images are scaled and cropped to it about their centre.
+
+    Raises:
+        UserError: If there is no such folder or no image in it, or a file is not an image.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give one that holds images")
+    files, skipped = [], 0
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_no_image(name)]
+        kept = [name for name in names if not is_no_image(name)]
+        skipped += len(names) - len(kept)
+        files += [Path(place, name).relative_to(folder) for name in kept]
+    if not files:
+        raise UserError(f"there is no image in {folder}")
+    files.sort()
+    pixels = torch.from_numpy(decode_files([str(folder / file) for file in files], size)).permute(0, 3, 1, 2)
+    labels = torch.tensor([_label(file, class_names) for file in files])
+    notes = (skipped_note(skipped, folder),) if skipped else ()
+    return ImageSet(pixels.contiguous(), labels, class_names, [file.as_posix() for file in files], notes)
+
+
+def _label(file: Path, class_names: list[str]) -> int:
+    known = [name for name in reversed(file.parent.parts) if name in class_names]
+    return class_names.index(known[0]) if known else -1
+
+
 def skipped_note(count: int, folder: Path) -> str:
     """Return the sentence that says how many files in a folder are no images by their names."""
     return f"{count} files in {folder} skipped, which are hidden or of the system, such as Thumbs.db"

@@ -4,7 +4,7 @@ import csv
 import io
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import SaveConfigCallback
 
+from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.files import remove_leftovers, write_atomically
 from kdq_lightning.runs.records import RECORDS
 from kdq_lightning.runs.versions import is_version, mark_finished
@@ -116,16 +117,16 @@ class NameDeadRank(Callback):
 
 
 class WritePredictions(lightning_callbacks.BasePredictionWriter):
-    """Writes `predictions.csv`: image (canonical index), top1 (class) and probability."""
+    """Writes a table of each image's file, label, predicted class and its probability; classes by their names."""
 
-    def __init__(self, folder: Callable[[], Path]) -> None:
-        """Choose the run folder.
+    def __init__(self, path: Callable[[], Path]) -> None:
+        """Choose the file.
 
         Args:
-            folder: Returns it; called when there is something to write.
+            path: Returns it; called when there is something to write.
         """
         super().__init__(write_interval="epoch")
-        self.folder = folder
+        self.path = path
 
     def write_on_epoch_end(
         self,
@@ -143,10 +144,24 @@ class WritePredictions(lightning_callbacks.BasePredictionWriter):
             torch.distributed.all_gather_object(shards, rows)
             rows = [row for shard in shards for row in shard]
         if trainer.is_global_zero:
-            table = io.StringIO(newline="")
-            writer = csv.writer(table)
-            writer.writerow(["image", "top1", "probability"])
-            writer.writerows((image, top1, f"{p:.6f}") for image, top1, p in sorted(rows))
-            path = self.folder() / "predictions.csv"
-            write_atomically(path, table.getvalue().encode())
+            path = self.path()
+            write_atomically(path, predictions_table(rows, trainer.datamodule))  # type: ignore[attr-defined]
             trainer.print(f"{len(rows)} predictions in {path}")
+
+
+def predictions_table(rows: Iterable[tuple[int, int, float]], data: ImageDataModule) -> bytes:
+    """Return the CSV file of predictions, in order of the images.
+
+    Args:
+        rows: Index in `data.predicted_set`, predicted class and its probability, of each image.
+        data: Where the images come from; those without files are called `test/<index>`.
+    """
+    images, classes = data.predicted_set, data.class_names
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["file", "label", "predicted", "probability"])
+    for index, predicted, probability in sorted(rows):
+        label = int(images.labels[index])
+        file = images.files[index] if images.files else f"test/{index}"
+        writer.writerow([file, classes[label] if label >= 0 else "", classes[predicted], f"{probability:.6f}"])
+    return table.getvalue().encode(errors="backslashreplace")  # names of files are bytes, not always UTF-8

@@ -96,7 +96,8 @@ class PostTrainingQuantization(Callback):
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse before training what quantization would refuse after it."""
         self._has_trained = False
-        if self._is_idle(trainer) or stage != "fit" or not is_ours(trainer, pl_module):
+        quantizes = stage == "fit" or getattr(trainer, "is_quantizing", False)
+        if self._is_idle(trainer) or not quantizes or not is_ours(trainer, pl_module):
             return
         if self.network is not None or self.evaluate is not None:
             raise UserError("network and evaluate are for modules of other projects: leave them out")

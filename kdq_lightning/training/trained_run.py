@@ -117,7 +117,7 @@ class TrainedRun(Source):
     def inputs(self, name: str, count: int) -> Tensor:
         """Return this process's share of the calibration images, normalised for a network; see `Source.inputs`."""
         images, _ = self.data.calibration_images(count)
-        return normalize(images[self.share(count)].to(self.device), self.statistics(name))
+        return normalize(images[self.share(len(images))].to(self.device), self.statistics(name))
 
     def evaluate(self, name: str, network: nn.Module, progress: Callable[[int], None]) -> Evaluations:
         """Evaluate a network on every split, given the statistics of its inputs; see `Source.evaluate`."""

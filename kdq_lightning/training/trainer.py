@@ -141,6 +141,11 @@ class Trainer(StageTrainer):
             self._quantizing = False
 
     @property
+    def is_quantizing(self) -> bool:
+        """Whether `quantize` is running."""
+        return self._quantizing
+
+    @property
     def _quantizers(self) -> list[PostTrainingQuantization]:
         """The post-fit callbacks that are switched on."""
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # set by Lightning, unknown to its type
