@@ -103,7 +103,8 @@ def test_a_budget_is_planned_and_kept(workspace: Path, known_seconds: list[Class
         minutes = (epochs * (seconds_an_epoch[name] + networks[name] * validation) + after) / 60
         assert entry["minutes"] == pytest.approx(minutes, abs=0.06), name
         total += minutes * (1 if name == "dml" else 2)
-    assert {(module.optimizer, module.learning_rate) for module in known_seconds} == {("muon", 0.1)}  # was measured
+    measured = {(module.optimizer, module.hparams.learning_rate) for module in known_seconds}
+    assert measured == {("muon", 0.1)} and {module.learning_rate for module in known_seconds} == {cost.LEARNING_RATE}
     assert plan["projected_minutes"] == pytest.approx(total, abs=0.06)
     assert 0.9 * 570 < total <= 570  # an epoch more of each would be too many
     printed = capsys.readouterr().out
@@ -311,7 +312,9 @@ def test_a_config_is_projected(workspace: Path, known_seconds: list[Classifier],
     assert figures["epochs"] == settings["trainer"]["max_epochs"]
     assert figures["seconds_an_epoch"] == pytest.approx(epoch)
     assert figures["training_minutes"] == pytest.approx(figures["epochs"] * epoch / 60)
-    assert figures["after_minutes"] == pytest.approx(2 * (3 + (widths + 1) * evaluated * 0.001) / 60)
+    methods = len(settings["quantization"]["methods"])
+    rows = methods * widths + 1  # of each network
+    assert figures["after_minutes"] == pytest.approx(2 * (3 * methods + rows * evaluated * 0.001) / 60)
     assert f"{figures['training_minutes']:.1f}" in capsys.readouterr().out
     assert main(["bench", "project", "--config=none.yaml"]) == 1
     assert "none.yaml does not exist: give a config" in capsys.readouterr().err

@@ -42,8 +42,8 @@ def class_order(theirs: Sequence[str], ours: Sequence[str], what: str, dataset: 
         foreign = [name for name in theirs if name not in ours] or list(theirs)
         unknown = [name for name in ours if name not in theirs] or list(ours)
         raise UserError(
-            f"{what} has other classes than the data {dataset}: it has {shorten_names(foreign)}, the data have"
-            f" {shorten_names(unknown)}: give a network that was trained on these classes, or rename the classes where"
+            f"{what} has other classes than the data {dataset} (it has {shorten_names(foreign)}; the data have"
+            f" {shorten_names(unknown)}): give a network that was trained on these classes, or rename the classes where"
             " they mean the same"
         )
     places = {name: place for place, name in enumerate(theirs)}

@@ -24,6 +24,7 @@ from kdq_lightning.study.run import Run
 BATCHES = 3  # training batches that are measured, at least
 REPEATS = 3  # of a forward; the median counts
 IMAGES = 128  # of a forward
+LEARNING_RATE = 1e-6  # while steps are timed, which costs as much as any
 
 
 class RunCost(NamedTuple):
@@ -162,7 +163,10 @@ class CostMeter:
         data, taught_by = self.data(run), self._teacher_network(run)
         teacher = Teacher(taught_by.build(data), data.statistics, taught_by.name) if taught_by else None
         options = {**self.configs[run]["model"]["init_args"], "num_classes": data.num_classes}
-        return self._strategy(run).for_timing(options, teacher, self._finds_logits(run))
+        module = self._strategy(run).for_timing(options, teacher, self._finds_logits(run))
+        # So few steps start at the schedule's peak, at which some networks would diverge and end the measurement.
+        module.learning_rate = module.kernel_learning_rate = LEARNING_RATE
+        return module
 
     def _teacher_network(self, run: Run) -> Architecture | None:
         """Return the network of the teacher: as the options say, or the run or the file that it comes from."""
