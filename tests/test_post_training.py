@@ -587,7 +587,7 @@ BAD = [
     ("--quantization.methods=[gpfq] --quantization.solver=gptq", "solver change the method default, which is not"),
     ("--quantization.codebook=octal", "octal"),
     ("--quantization.solver=magic", "magic"),
-    ("--quantization.calibration_images=5000", "5000 calibration images"),
+    ("--quantization.calibration_images=0", "calibration_images"),
 ]
 
 
@@ -603,11 +603,15 @@ def test_bad_options(option: str, sentence: str, workspace: Path, capsys: pytest
     assert not list(workspace.rglob("version_*"))
 
 
-def test_too_many_calibration_images(trained: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
-    weights = f"--ckpt_path={trained}/runs/quickstart"
-    assert main(["quantize", *QUICK, weights, "--quantization.calibration_images=5000"]) == 1
-    assert "5000 calibration images" in capsys.readouterr().err
+def test_number_of_calibration_images(trained: Path, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """None are refused, and nothing is left behind; of more than there are all are taken, and that is said."""
+    command = ["quantize", *QUICK, f"--ckpt_path={trained}/runs/quickstart"]
+    assert main([*command, "--quantization.calibration_images=0"]) == 1
+    assert "calibration_images" in capsys.readouterr().err
     assert not list(workspace.rglob("version_*"))
+    assert main([*command, "--quantization.calibration_images=5000", "--quantization.bits=[8]"]) == 0
+    said = capsys.readouterr()
+    assert "training images are calibrated on: 5000 are asked for" in " ".join((said.out + said.err).split())
 
 
 def test_quantize_command(run: Path, widths: list[list[int]], capsys: pytest.CaptureFixture[str]):

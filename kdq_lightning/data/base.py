@@ -119,10 +119,11 @@ class ImageDataModule(LightningDataModule, ABC):
         if self._is_set_up:
             return
         try:
-            self.train_set, self.test_set = self.read()
+            train_set, test_set = self.read()
         except OSError as error:
             raise UserError(f"the images of {self.dataset} can't be read ({error}): check their folder") from error
-        self.notes += [*self.train_set.notes, *self.test_set.notes]
+        self.train_set, self.test_set = train_set, test_set
+        self.notes += [*train_set.notes, *test_set.notes]
         total = len(self.train_set)
         if self.val_index is None:
             self.val_index = self._choose_validation()
