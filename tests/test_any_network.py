@@ -13,7 +13,7 @@ from torchvision import models
 
 from kdq_lightning.cli import main
 from kdq_lightning.commands.command_line import read_settings
-from kdq_lightning.networks import build_network
+from kdq_lightning.networks import build_network, strided_on_one_pixel
 from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.runs.records import Record, packed_path, read_records
 from kdq_lightning.study.cost import Architecture
@@ -26,6 +26,9 @@ CPU = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 ONE_STEP = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
 ONE_STEP += ["--data.val_size=8", "--quantization.bits=[4]", "--quantization.calibration_images=16"]
 ROUNDING = ["--quantization.solver=rounding"]  # quick
+
+QUICK = ["--data=DigitsDataModule", "--data.batch_size=32", *CPU, "--trainer.precision=32-true"]
+QUICK += ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2", "--quantization.enabled=false"]
 
 
 def blocks(language: str) -> list[str]:
@@ -171,6 +174,17 @@ def test_images_that_are_refused(photos: Path, workspace: Path, capsys: pytest.C
     assert not list(workspace.rglob("version_*"))
 
 
+def test_wrong_gradients_are_refused(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Which torch computes on a CPU in bfloat16 where a convolution with a stride sees a single pixel."""
+    options = ["--model=Classifier", f"--model.network={MOBILE}", *QUICK]
+    for size in (16, 8):
+        assert main(["fit", *options, "--trainer.precision=bf16-mixed", f"--data.image_sizes=[{size}]"]) == 1
+        error = capsys.readouterr().err
+        assert f"images of 3 x {size} x {size} the layer features." in error and error.count("\n") == 1
+    assert strided_on_one_pixel(build_network(MOBILE, 4), torch.zeros(1, 3, 64, 64)) is None
+    assert strided_on_one_pixel(build_network(MOBILE, 4), torch.zeros(1, 3, 16, 16)) == "features.9.block.1.0"
+
+
 def test_an_import_path_with_arguments(photos: Path, workspace: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
     """Of a module in the working folder; later commands and the teacher's flags name it again, or it is refused."""
     Path("my_nets.py").write_text("from tests.test_networks import TwoHeads as build\n")
@@ -216,10 +230,6 @@ def test_published_weights_from_the_command_line(photos: Path, workspace: Path, 
     assert "can't be fetched" in capsys.readouterr().err
 
 
-QUICK = ["--data=DigitsDataModule", "--data.batch_size=32", *CPU, "--trainer.precision=32-true"]
-QUICK += ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2", "--quantization.enabled=false"]
-
-
 @pytest.mark.parametrize("stop", ["StopAfterFirstEpoch", "StopInTheSecondEpoch"])
 def test_a_network_that_draws_goes_on(stop: str, workspace: Path):
     """Between epochs or within one, to the unbroken run's weights to the bit: MobileNetV3 has dropout."""
@@ -256,8 +266,13 @@ def test_a_study(workspace: Path, capsys: pytest.CaptureFixture[str]):
             },
         },
     }
-    few = {**TINY["overrides"], "quantization.methods": ["default"], "quantization.solver": "rounding"}
-    path = write_study(TINY | {"runs": runs, "overrides": few})
+    few = {
+        **TINY["overrides"],
+        "trainer.precision": "32-true",
+        "quantization.methods": ["default"],
+        "quantization.solver": "rounding",
+    }
+    path = write_study(TINY | {"runs": runs, "overrides": TINY["overrides"] | few})
     assert main(["study", str(path)]) == 0
     report = Path("runs/tiny/report/report.md").read_text()
     assert f"Vanilla KD ({MOBILE})" in report and "Teacher (resnet8)" in report

@@ -132,6 +132,7 @@ def test_a_network_of_torchvision_on_two_ranks(strategy: str, images: Path, teac
     arguments = ["fit", "--config", config(f"{strategy}_cpu"), f"--data.root={images}", *FEW_STEPS, *TWO]
     arguments += ["--model.init_args.network=torchvision/mobilenet_v3_small", "--trainer.max_epochs=2"]
     arguments += ["--model.init_args.learning_rate=0.001", "--trainer.limit_train_batches=2"]
+    arguments += ["--trainer.precision=32-true"]
     arguments += ["--quantization.solver=rounding", "--quantization.methods=[default]"]
     if strategy == "hint":
         arguments += [f"--model.init_args.teacher={teacher_run}", "--model.init_args.hint_layer=features.1"]

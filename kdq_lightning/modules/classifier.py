@@ -24,7 +24,7 @@ from kdq_lightning.modules.scores import Scores
 from kdq_lightning.modules.strategy_check import check_strategy
 from kdq_lightning.modules.teacher import Teacher
 from kdq_lightning.modules.training_epoch import TrainingEpoch
-from kdq_lightning.networks import NETWORKS, build_network, check_images, pretrained_state
+from kdq_lightning.networks import NETWORKS, build_network, check_images, pretrained_state, strided_on_one_pixel
 from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.random_draws import random_integers
@@ -187,6 +187,8 @@ class Classifier(EvaluatedModule):
             self.statistics = data.statistics
         if isinstance(data, ImageDataModule):
             self._check_images(data.image_shape)
+            if stage == "fit":
+                self._check_gradients((data.image_shape[0], *[min(data.image_sizes or [data.image_size])] * 2))
         if self.weights is not None:
             self._load_networks(load_trained(self.weights, self.weights_description))
         elif self.pretrained and stage == "fit":
@@ -197,6 +199,24 @@ class Classifier(EvaluatedModule):
         for key, name in self.network_names().items():
             if name not in NETWORKS:
                 check_images(name, self.networks()[key], image_shape, self.num_classes)
+
+    def _check_gradients(self, image_shape: tuple[int, ...]) -> None:
+        """Refuse a network, other than the project's own, whose gradients torch computes wrongly.
+
+        Args:
+            image_shape: Channels, height and width of the smallest images that it is trained on.
+        """
+        if self.trainer.strategy.root_device.type != "cpu" or not str(self.trainer.precision).startswith("bf16"):
+            return
+        for key, name in self.network_names().items():
+            if name in NETWORKS:
+                continue
+            if layer := strided_on_one_pixel(self.networks()[key], torch.zeros(1, *image_shape)):
+                shape = " x ".join(map(str, image_shape))
+                raise UserError(
+                    f"of images of {shape} the layer {layer} of {name} sees a single pixel, where torch computes wrong"
+                    " gradients in bfloat16 on a CPU: give --trainer.precision 32-true, or larger images"
+                )
 
     def _load_pretrained(self) -> None:
         """Load published weights into every network; peers that expect different statistics are refused."""

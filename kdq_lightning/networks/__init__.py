@@ -10,7 +10,7 @@ from kdq_lightning.networks.catalogue import (
     network_names,
 )
 from kdq_lightning.networks.class_rows import class_dimensions, count_classes, reorder_classes, state_shapes
-from kdq_lightning.networks.features import check_hint_layer, features_at, parameters_before
+from kdq_lightning.networks.features import check_hint_layer, features_at, parameters_before, strided_on_one_pixel
 from kdq_lightning.networks.pretrained import Published, pretrained_state
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "pretrained_state",
     "reorder_classes",
     "state_shapes",
+    "strided_on_one_pixel",
 ]

@@ -70,6 +70,26 @@ def features_at(network: nn.Module, layer: str, images: Tensor) -> Tensor:
     return features
 
 
+@torch.no_grad()
+def strided_on_one_pixel(network: nn.Module, images: Tensor) -> str | None:
+    """Return the name of a convolution with a stride whose input is a single pixel; None if there is none.
+
+    torch 2.14 computes wrong gradients of its weight on a CPU in bfloat16: it leaves memory unwritten.
+
+    Args:
+        network: It stays as it is.
+        images: Normalised, (batch, channels, h, w).
+    """
+    trial, found = copy.deepcopy(network).eval(), []
+    for name, layer in trial.named_modules():
+        if isinstance(layer, nn.Conv2d) and max(layer.stride) > 1:
+            layer.register_forward_pre_hook(
+                lambda _, inputs, name=name: found.append(name) if inputs[0].shape[-2:] == (1, 1) else None
+            )
+    trial(images)
+    return found[0] if found else None
+
+
 def parameters_before(network: nn.Module, layer: str, images: Tensor) -> set[str]:
     """Return the names of the parameters that the features of a layer depend on.
 
