@@ -116,6 +116,16 @@ def test_pictures_are_drawn(report: Path):
         assert ((pixels == (0x00, 0x72, 0xB2)).all(1)).sum() > 200, name  # vanilla's blue
 
 
+@pytest.mark.parametrize(("accuracies", "span"), [({2: 90.0, 4: 90.1, 32: 90.1}, 2.0), ({2: 60, 4: 90, 32: 93}, 30)])
+def test_a_few_images_are_no_cliff(tmp_path: Path, accuracies: dict[int, float], span: float):
+    """An axis of accuracy shows two points or more."""
+    write_run(tmp_path, "teacher", accuracies, network="resnet50")
+    figures = draw_figures(_findings(tmp_path))
+    for name in ("accuracy_vs_bits", "accuracy_vs_bytes", "methods"):
+        low, high = figures[name].axes[0].get_ylim()
+        assert high - low >= span - 1e-6 and low < min(accuracies.values()) and high > max(accuracies.values()), name
+
+
 def test_unknown_strategies_in_all_figures_and_tables(tmp_path: Path):
     """Each is titled by its name and takes the next colour and marker: the same in every figure, nobody else's."""
     write_run(tmp_path / "t", "teacher", {2: 70, 4: 90, 32: 93}, network="resnet50")

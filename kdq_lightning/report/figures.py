@@ -20,6 +20,8 @@ from kdq_lightning.report.rows import Cell, Row, by_method, trained_label
 from kdq_lightning.runs.records import FLOAT_BITS, MEASURES
 from kdq_lightning.strategies import Appearance
 
+LEAST_POINTS = 2.0  # that an axis of accuracy shows, so that a few images are no cliff
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -77,7 +79,7 @@ def draw_figures(findings: Findings) -> dict[str, Figure]:
         curves = _curves(rows, name, lambda bits, cell: bits)
         if name == "test_top1":
             figures["accuracy_vs_bytes"] = plot_by_bytes(by_bytes, front, measure.axis, dataset)
-            figures["accuracy_vs_bits"] = plot_by_bits(curves, measure.axis, dataset)
+            figures["accuracy_vs_bits"] = plot_by_bits(curves, measure.axis, dataset, least=LEAST_POINTS)
             if methods_figure := plot_methods(findings, measure.axis):
                 figures["methods"] = methods_figure
         elif measure.axis and curves:
@@ -122,7 +124,7 @@ def plot_methods(findings: Findings, ylabel: str) -> Figure | None:
                 **look,
             )
         axes.set_title(title, fontsize=9)
-        _frame(axes, "")
+        _frame(axes, "", LEAST_POINTS)
         axes.set_xlabel("")
         axes.legend(fontsize=7, frameon=False, loc="lower right")
     for axes in list(panels)[len(titles) :]:
@@ -146,7 +148,9 @@ def _curves(rows: Sequence[Row], measure: str, x: Callable[[int, Cell], float]) 
     return curves
 
 
-def plot_by_bits(curves: Sequence[Curve], ylabel: str, title: str = "", log: bool = False) -> Figure:
+def plot_by_bits(
+    curves: Sequence[Curve], ylabel: str, title: str = "", log: bool = False, least: float = 0.0
+) -> Figure:
     """Draw a number against the bit width; a float network is a dashed line.
 
     Args:
@@ -154,13 +158,14 @@ def plot_by_bits(curves: Sequence[Curve], ylabel: str, title: str = "", log: boo
         ylabel: Name of the number, with its unit.
         title: Stands above the figure.
         log: Whether the y axis is logarithmic.
+        least: Range that the y axis shows at least.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title)
     _draw_by_bits(axes, curves)
     if log:
         axes.set_yscale("log")
-    _frame(axes, ylabel)
+    _frame(axes, ylabel, least)
     _legend(axes)
     return figure
 
@@ -183,7 +188,7 @@ def plot_by_bytes(
         (line,) = axes.step(sizes, accuracies, where="post", label="Pareto front", color="#F0E442", linewidth=7)
         line.set(alpha=0.7, zorder=0)
     _draw_by_bytes(axes, curves)
-    _frame(axes, ylabel)
+    _frame(axes, ylabel, LEAST_POINTS)
     _legend(axes)
     return figure
 

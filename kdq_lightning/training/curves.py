@@ -38,8 +38,9 @@ def points_of(records: Sequence[Record], images: int) -> list[Point]:
         images: Number of images that the records' accuracies (`Record.top1`) were measured on.
     """
     points = list(_summary(records))
-    for peer, group in groupby(records, key=lambda record: record.peer):
-        points += _network_points(list(group), f"/{peer}" if peer else "", images)
+    for name, group in groupby(records, key=lambda record: identity(record).name):
+        of_network = list(group)
+        points += _network_points(of_network, f"/{name}" if of_network[0].peer else "", images)
     return points
 
 
@@ -72,11 +73,8 @@ def _network_points(records: Sequence[Record], suffix: str, images: int) -> Iter
 def _summary(records: Sequence[Record]) -> Iterator[Point]:
     """Yield the numbers beside the hyper-parameters: of `default`, means over the peers, alike in every run."""
     for bits, tag in SUMMARY_TAGS.items():
-        accuracies = [
-            record.top1
-            for record in records
-            if record.bits == bits and record.method in (DEFAULT_METHOD, "") and record.top1 is not None
-        ]
+        row = "" if bits == FLOAT_BITS else DEFAULT_METHOD, bits
+        accuracies = [record.top1 for record in records if identity(record)[1:] == row and record.top1 is not None]
         if accuracies:
             yield Point(tag, 0, fmean(accuracies))
 
