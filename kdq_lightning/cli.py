@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 
+from kdq_lightning.commands.help_pages import PAGES, first_page
+
 WITHOUT_MODEL = {
     "bench project": "kdq_lightning.study.project",
     "bench": "kdq_lightning.bench.subjects",
@@ -64,6 +66,9 @@ def main(args: Sequence[str] | None = None) -> int:
         near = "".join(f", did you mean {name}" for name in get_close_matches(command, COMMANDS, 1))
         print(f"kdq: there is no command {command!r}{near}? All commands: kdq --help", file=sys.stderr)
         return 2
+    if not {"-h", "--help"}.isdisjoint(arguments[1:]) and command in PAGES:
+        print(first_page(command), end="")
+        return 0
     from kdq_lightning.commands.messages import exit_code_of
 
     for name, module in WITHOUT_MODEL.items():

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdq_lightning.cli import main
+from kdq_lightning.commands.help_pages import PAGES
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from tests.conftest import CONFIGS, FEW_STEPS, config
@@ -382,3 +383,46 @@ def test_what_may_be_meant(arguments: list[str], words: str, capsys: pytest.Capt
         assert main(arguments) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_the_first_page_of_help(command: str, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Short, whole lines; it needs no torch, and each option on it exists."""
+    program = "import sys; from kdq_lightning.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    shown = subprocess.run(
+        [sys.executable, "-c", program, command, "--help"], env=environment, capture_output=True, text=True, check=True
+    )
+    lines = shown.stdout.splitlines()
+    assert len(lines) < 100 and max(map(len, lines)) <= 80
+    listed = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert {"--config", "--ckpt_path", "--model", "--help.trainer"} <= set(listed)
+    assert ("--quantization.bits" in listed) == (command in ("fit", "quantize"))
+    known = help_of([command, "--help.all"], capsys)
+    for name in ("--model.help=VanillaKD", "--data.help=CIFARDataModule"):
+        known += help_of([command, name], capsys)
+    for option in listed:
+        if option.startswith("--help."):
+            assert help_of([command, option], capsys)
+        else:
+            assert f" {option} " in known, option
+
+
+def test_help_of_a_group(capsys: pytest.CaptureFixture[str]):
+    """One group alone, without environment variables and without the markup of docstrings; `all` has both groups."""
+    trainer, quantization, everything = (
+        help_of(["fit", f"--help.{name}"], capsys) for name in ("trainer", "quantization", "all")
+    )
+    assert "--trainer.max_epochs" in trainer and "--quantization.bits" not in trainer and "KDQ_FIT" not in trainer
+    assert "``" not in trainer and ":class:" not in trainer and "kdq_lightning.PostTrainingQuantization)" in trainer
+    assert "--quantization.bits" in quantization and "--trainer.max_epochs" not in quantization
+    assert "KDQ_FIT__TRAINER__MAX_EPOCHS" in everything and "KDQ_FIT__QUANTIZATION__BITS" in everything
+    strategy = help_of(["fit", "--model.help=VanillaKD"], capsys)
+    assert strategy.startswith("usage: kdq COMMAND --config FILE") and "--model.temperature" in strategy
+    assert failure(["fit", "--help.nothing"]) == 2
+
+
+def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what a command prints before it ends with 0."""
+    assert failure(arguments) == 0
+    return capsys.readouterr().out

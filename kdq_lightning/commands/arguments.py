@@ -1,18 +1,59 @@
-"""Checks options, and prints one line about the error instead of jsonargparse's full list."""
+"""Checks options, prints one line about an error instead of jsonargparse's full list, and help one group at a time."""
 
+import argparse
 import importlib
 import inspect
 import re
-from collections.abc import Collection
+import textwrap
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from kdq_lightning.errors import UserError
 
+_MARKUP = (
+    (r":\w+:`~?(?:[^`]*\.)?([^`.]+)`", r"\1"),  # :class:`~lightning.pytorch.Trainer`
+    (r"``([^`]*)``", r"\1"),
+    (r" ?Default: \S+\.(?= \(|$)", ""),  # follows in brackets
+    (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
+)
+"""Markup of docstrings that the help would show as it stands: patterns and what replaces them."""
+
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+
+
+class PlainHelp(DefaultHelpFormatter):
+    """Help without the markup of docstrings, and with whole words: a class's path stays in one piece."""
+
+    def start_section(self, heading: str | None) -> None:
+        """Begin a group of options, whose heading may need several lines."""
+        super().start_section(heading and "\n".join(textwrap.wrap(heading, self._width - 1)))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Return the lines of an option's text."""
+        text = " ".join(text.split())
+        for pattern, replacement in _MARKUP:
+            text = re.sub(pattern, replacement, text)
+        return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+class GroupHelp(argparse._HelpAction):
+    """`--help.trainer`: prints the options of a group, `--help.all` those of all, with their environment variables."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        """Print the options and end the process."""
+        assert isinstance(parser, OneLineErrors) and option_string is not None
+        print(parser.group_help(option_string.removeprefix("--help.")), end="")
+        parser.exit()
 
 
 class OneLineErrors(ArgumentParser):
@@ -23,14 +64,38 @@ class OneLineErrors(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Build the parser; see jsonargparse's."""
+        if "prog" not in kwargs:  # of a class, for its help
+            kwargs |= {"prog": "kdq COMMAND", "usage": "kdq COMMAND --config FILE [--option=value ...]"}
+        kwargs.setdefault("formatter_class", PlainHelp)
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def add_group_help(self, names: Iterable[str]) -> None:
+        """Add `--help.<name>` for each of these groups, and `--help.all`."""
+        for name in (*names, "all"):
+            self.add_argument(f"--help.{name}", action=GroupHelp, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def group_help(self, name: str) -> str:
+        """Return the help of a group of options, without environment variables; "all" is everything, with them.
+
+        The parser can't be used afterwards.
+        """
+        if name != "all":
+            self._action_groups = [self.groups[name]]  # type: ignore[index]  # they all have groups
+            self.default_env = False
+        self.description = None
+        self.usage = f"{self._command} --config FILE [--option=value ...]"
+        return self.format_help()
+
+    @property
+    def _command(self) -> str:
+        """The command as one types it."""
+        return self.prog.replace(" [options]", "")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the sentence and end the process with code 2."""
         sentence = one_sentence(message)
         hints = f"{self.hint(sentence)}{self._near(sentence)}{_list_hint(sentence)}"
-        command = self.prog.replace(" [options]", "") if self.prog.startswith("kdq") else "kdq COMMAND"  # of a class
-        self.exit(2, f"kdq: {sentence}{hints} (options: {command} --help)\n")
+        self.exit(2, f"kdq: {sentence}{hints} (options: {self._command} --help)\n")
 
     def _near(self, sentence: str) -> str:
         """Return the option that an unknown one may be meant for."""

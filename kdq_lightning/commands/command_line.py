@@ -89,6 +89,9 @@ class CommandLine(LightningCLI):
         parser.add_optimizer_args((Optimizer,))
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        assert isinstance(parser, Parser) and parser.groups is not None
+        parser.groups["lr_scheduler"].title = "Schedule of the learning rate, beside --optimizer"
+        parser.add_group_help(["trainer", "model", "data", "quantization", "optimizer", "lr_scheduler"])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, then take `--ckpt_path` over from Lightning, which knows neither run folders nor state dicts."""
