@@ -1,10 +1,21 @@
-"""The first lines of a command, and `kdq list`."""
+"""The first lines of a command, those of its epochs, and the last ones; and `kdq list`."""
 
+import os
+import pty
+import re
+import shlex
+import struct
+import subprocess
+import sys
+import termios
+from contextlib import suppress
+from fcntl import ioctl
 from pathlib import Path
 
 import pytest
 
 from kdq_lightning.cli import main
+from kdq_lightning.modules.classifier import epoch_line
 from kdq_lightning.runs.checkpoints import load_trained
 
 QUICK = ["--data=DigitsDataModule", "--data.batch_size=64", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
@@ -56,6 +67,66 @@ def test_long_lines_are_wrapped(workspace: Path, capsys: pytest.CaptureFixture[s
         "           resnet8, 1,528,106 + 352,042 + 75,290 parameters",
     ]
     assert max(map(len, lines)) <= 80
+
+
+METRICS = {
+    **{"train/loss": 0.4288, "train/top1": 97.66, "val/loss": 0.1226, "val/top1": 98.61},
+    **{"val/agreement": 88.127, "train/images_per_second": 1337.3},
+}
+
+
+def test_the_line_of_an_epoch():
+    """At most 80 columns: the last numbers go first; mixup has no accuracy in training, a run may have no end."""
+    train = "epoch 3/16  train 97.7 %, loss 0.429  val 98.6 %"
+    assert epoch_line(3, 16, METRICS) == f"{train}, agreement 88.1 %, loss 0.123"
+    alone = {name: value for name, value in METRICS.items() if name != "val/agreement"}
+    assert epoch_line(3, 16, alone) == f"{train}, loss 0.123  1,337 images/s"
+    assert epoch_line(3, -1, {"train/loss": 123456.0}) == "epoch 3  train loss 1.23e+05"
+    huge = {**METRICS, "train/loss": 1.2345e30}
+    assert max(len(epoch_line(10**n, 10**n, huge)) for n in range(12)) <= 80
+
+
+def test_the_last_lines(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """In a pipe: a line an epoch, no escape codes, at most 80 columns; the last line is a command that works."""
+    fit = ["fit", "--model=Classifier", "--model.network=resnet8", *QUICK, "--trainer.max_epochs=2", "--name=a b"]
+    fit.remove("--trainer.enable_progress_bar=false")
+    assert main([*fit, "--quantization.enabled=false"]) == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"^(epoch \S+)  train .* %, loss ", said, re.MULTILINE) == ["epoch 1/2", "epoch 2/2"]
+    command = said.splitlines()[-1].removeprefix("next       kdq ")
+    assert "Epoch" not in said and "\x1b" not in said and command.startswith("quantize --config 'runs/a b/version_0'")
+    assert main(shlex.split(command)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and not any("\x1b" in line for line in lines)
+    folder = "'runs/a b-quantized'"
+    assert lines[-3:] == [
+        f"results    {folder[1:-1]}/version_0",
+        "curves     tensorboard --logdir runs",
+        f"next       kdq report {folder}",
+    ]
+    assert main(shlex.split(lines[-1])[2:]) == 0
+
+
+def test_a_terminal(workspace: Path):
+    """The bar counts epochs as their lines do, has no version number, and is gone in the end; nothing is wrapped."""
+    screen, terminal = pty.openpty()
+    ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 80, 0, 0))
+    fit = ["--model=Classifier", "--model.network=resnet8", *QUICK, "--trainer.max_epochs=2"]
+    fit.remove("--trainer.enable_progress_bar=false")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "TERM": "xterm"}
+    command = [sys.executable, "-m", "kdq_lightning.cli", "fit", *fit, "--trainer.limit_train_batches=20"]
+    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    shown = b""
+    with suppress(OSError):  # the end of a terminal
+        while chunk := os.read(screen, 1 << 16):
+            shown += chunk
+    assert process.wait() == 0
+    texts = re.split(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]+", shown.decode())
+    assert {"epoch 1/2", "epoch 2/2"} <= {text.strip() for text in texts}
+    assert not any("v_num" in text or "Epoch" in text for text in texts)
+    assert max(len(text) for text in texts) <= 80
+    assert b"\x1b[2K" in shown[shown.rindex(b"epoch 2/2") :]  # the bar's line was cleared
 
 
 def test_lists(capsys: pytest.CaptureFixture[str]):

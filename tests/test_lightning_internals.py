@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import io
 import re
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from kdq_lightning.training.callbacks import checkpoint_callbacks
 from kdq_lightning.training.lightning_internals import (
+    EpochBar,
     ModelCheckpoint,
     StageTrainer,
     WithoutRunning,
@@ -55,6 +57,21 @@ class Steps(BoringModel):
 
     def validation_step(self, batch, batch_idx):
         self.done.append("val")
+
+
+def test_the_bar_counts_epochs_from_one(monkeypatch: pytest.MonkeyPatch):
+    """`_get_train_description` is what stands before the bar, and `progress.tasks` are all of its bars."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    bar, seen = EpochBar(refresh_rate=20, console_kwargs={"file": io.StringIO()}), []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append([task.description for task in bar.progress.tasks if task.visible])
+
+    trainer = LightningTrainer(**QUIET | {"enable_progress_bar": True}, callbacks=[bar, Look()])
+    trainer.fit(BoringModel())
+    assert seen == [["epoch 1/2"]] * 3 + [["epoch 2/2"]] * 3
+    assert bar.progress.tasks and not any(task.visible for task in bar.progress.tasks)
 
 
 def test_a_stage_can_be_replaced():

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, RichProgressBar
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -36,10 +36,11 @@ from kdq_lightning.runs.config_hash import config_hash, version_hash
 from kdq_lightning.runs.versions import is_finished, is_version, mark_finished
 from kdq_lightning.training.callbacks import NameDeadRank, RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
 from kdq_lightning.training.dashboard import Dashboard
-from kdq_lightning.training.header import Header
+from kdq_lightning.training.header import LABEL, Header
 from kdq_lightning.training.interruption import StoppedByUser
-from kdq_lightning.training.lightning_internals import WithoutRunning
+from kdq_lightning.training.lightning_internals import EpochBar, WithoutRunning
 from kdq_lightning.training.post_training import PostTrainingQuantization
+from kdq_lightning.training.result_tables import quantize_command
 from kdq_lightning.training.trainer import Trainer
 
 STRATEGY_CLASSES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning, Recover)
@@ -158,7 +159,7 @@ class CommandLine(LightningCLI):
             )
         callbacks = [*given, NameDeadRank(), Header()]
         if settings.trainer.get("enable_progress_bar") is not False:
-            callbacks.append(RichProgressBar(refresh_rate=20))
+            callbacks.append(EpochBar(refresh_rate=20))
         keeps_checkpoints = settings.trainer.get("enable_checkpointing") is not False
         callbacks += self._callbacks_of_command(keeps_checkpoints)
         logger = self._run_logger(settings.trainer.get("logger"))
@@ -237,6 +238,13 @@ class CommandLine(LightningCLI):
                 f"{run.folder} is finished: nothing is left to train or to quantize; leave out --ckpt_path to start a"
                 " new version"
             )
+
+    def after_fit(self) -> None:
+        """Say how to quantize a run that has only been trained."""
+        if self.trainer.is_global_zero and self.trainer.loggers and not self.quantization.enabled:
+            folder = Path(self.trainer.loggers[0].log_dir or "")
+            if (folder / "checkpoints" / "last.ckpt").is_file():
+                print(f"{'next':<{LABEL}}{quantize_command(folder)}")
 
 
 def _expand_home(config: Namespace) -> None:

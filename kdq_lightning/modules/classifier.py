@@ -33,7 +33,7 @@ from kdq_lightning.runs.class_names import shorten_names
 from kdq_lightning.runs.records import FLOAT_BITS
 from kdq_lightning.runs.trained_network import Description, TrainedNetwork, grow_biases, load_state
 
-PRINTED = ("train/loss", "train/top1", "val/loss", "val/top1", "val/agreement", "train/images_per_second")
+LINE = 80  # columns of the line that an epoch prints
 
 _WEIGHTS_FLAGS = ("--model.init_args.network", "--model.init_args.weights_mean", "--model.init_args.weights_std")
 
@@ -439,6 +439,27 @@ class Classifier(EvaluatedModule):
 
     def _print_epoch(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Print a line for the epoch, which stays in the log when there is no progress bar."""
-        shown = [name for name in PRINTED if name in metrics]
-        line = "  ".join(f"{name} {float(metrics[name]):.4g}" for name in shown)
-        self.print(f"epoch {self.current_epoch + 1}/{self.trainer.max_epochs}  {line}", flush=True)
+        numbers = {name: float(metrics[name]) for name in metrics}
+        self.print(epoch_line(self.current_epoch + 1, self.trainer.max_epochs, numbers), flush=True)
+
+
+def epoch_line(epoch: int, epochs: int | None, metrics: Mapping[str, float]) -> str:
+    """Return what is printed of an epoch, such as "epoch 3/16  train 97.7 %, loss 0.43  val 98.6 %, loss 0.12".
+
+    Args:
+        epoch: Number of the epoch, from 1.
+        epochs: Number of epochs; None or -1 if nothing limits them.
+        metrics: Values by tag. The last ones are left out where the line has no room for them.
+    """
+    line = f"epoch {epoch}/{epochs}" if epochs and epochs > 0 else f"epoch {epoch}"
+    for tag, text in (
+        ("train/top1", "  train {:.1f} %"),
+        ("train/loss", ", loss {:.3g}" if "train/top1" in metrics else "  train loss {:.3g}"),
+        ("val/top1", "  val {:.1f} %"),
+        ("val/agreement", ", agreement {:.1f} %"),
+        ("val/loss", ", loss {:.3g}"),
+        ("train/images_per_second", "  {:,.0f} images/s"),
+    ):
+        part = text.format(metrics[tag]) if tag in metrics else ""
+        line += part if len(line + part) <= LINE else ""
+    return line

@@ -56,23 +56,23 @@ def header_lines(trainer: LightningTrainer, module: Classifier, data: ImageDataM
         ("classes", [f"{data.num_classes}: {shorten_names(data.class_names, shown=8)}"]),
         ("device", [f"{trainer.strategy.root_device}, {trainer.precision}{processes}"]),
         ("trained by", [given.optimizer_text, given.lr_scheduler_text or "constant learning rate"] if given else []),
-        ("folder", [_relative(folder)] if folder else []),
-        ("weights", [_relative(module.origin[0]), *module.origin[1:]] if module.origin else []),
-        ("teacher", [_relative(teacher.origin[0]), *teacher.origin[1:]] if teacher and teacher.origin else []),
+        ("folder", [relative_path(folder)] if folder else []),
+        ("weights", [relative_path(module.origin[0]), *module.origin[1:]] if module.origin else []),
+        ("teacher", [relative_path(teacher.origin[0]), *teacher.origin[1:]] if teacher and teacher.origin else []),
         ("note", [*module.notes, *data.notes]),
     ]
     return [line for label, texts in facts for line in _labelled(label, texts)]
 
 
 def _labelled(label: str, texts: Sequence[str]) -> list[str]:
-    """Return texts wrapped to the width, the label before the first line."""
+    """Return texts wrapped to 80 columns, the label before the first line."""
     lines = []
     for text in texts:
         lines += textwrap.wrap(text, WIDTH - LABEL, break_long_words=False, break_on_hyphens=False)
     return [f"{'' if i else label:<{LABEL}}{line}" for i, line in enumerate(lines)]
 
 
-def _relative(path: str) -> str:
+def relative_path(path: str) -> str:
     """Return a path relative to the working folder, if it is below it."""
     here, there = Path.cwd(), Path(os.path.abspath(path))
     return str(there.relative_to(here)) if there.is_relative_to(here) else path

@@ -9,8 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ModelCheckpoint as LightningModelCheckpoint
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.custom_scalar import metadata
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -72,6 +76,39 @@ class ModelCheckpoint(LightningModelCheckpoint):
         paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": scores, "dirpath": self.dirpath})
+
+
+class EpochBar(RichProgressBar):
+    """Lightning's bar with epochs counted from 1 and room for 80 columns; it is gone when the work is done.
+
+    Where the output is no terminal it draws nothing, not even its last state. Relies on:
+    `RichProgressBar._get_train_description`, the words before the bar of a training, and `progress`, its bars.
+    """
+
+    def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
+        """Draw in one process alone, and on a terminal alone."""
+        super().setup(trainer, pl_module, stage)
+        if not Console().is_terminal:
+            self.disable()
+
+    def configure_columns(self, trainer: LightningTrainer) -> list[ProgressColumn]:
+        """Return what stands in the bar's line: words, bar, batches, time left."""
+        return [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+
+    def get_metrics(self, trainer: LightningTrainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return what the user logs with `prog_bar`, without the number of the version."""
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if name != "v_num"}
+
+    def teardown(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the bars away."""
+        for task in self.progress.tasks if self.progress is not None else []:
+            task.visible = False
+        super().teardown(trainer, pl_module, stage)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        epochs = self.trainer.max_epochs
+        return f"epoch {current_epoch + 1}/{epochs}" if epochs and epochs > 0 else f"epoch {current_epoch + 1}"
 
 
 def completed_epochs(checkpoint: Mapping[str, Any]) -> int:

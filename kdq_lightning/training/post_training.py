@@ -26,7 +26,7 @@ from kdq_lightning.training.dashboard import has_quantized, publish_quantized
 from kdq_lightning.training.plain_run import Evaluate, PlainRun
 from kdq_lightning.training.progress_bars import QuantizationBars
 from kdq_lightning.training.quantized_run import QuantizedRun
-from kdq_lightning.training.result_tables import terminal_table
+from kdq_lightning.training.result_tables import closing_lines, terminal_table
 from kdq_lightning.training.source import Source
 from kdq_lightning.training.trained_run import TrainedRun
 
@@ -254,9 +254,5 @@ def publish(run: QuantizedRun) -> None:
     )
     if isinstance(source, TrainedRun) and is_version(source.folder):
         mark_finished(source.folder)
-    console = Console()
-    console.print(terminal_table(results.records))
-    console.print(f"records and packed files: {source.folder}", soft_wrap=True)
-    if has_quantized(source.folder):
-        runs = source.folder.parent.parent
-        console.print(f"curves, under Custom Scalars: tensorboard --logdir {runs}", soft_wrap=True)
+    Console().print(terminal_table(results.records))
+    print("\n".join(closing_lines(source.folder, has_quantized(source.folder))), flush=True)

@@ -1,12 +1,16 @@
-"""The table of a run's records, for the terminal and for TensorBoard."""
+"""The table of a run's records, for the terminal and for TensorBoard, and what to type next."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kdq_lightning.runs.records import FLOAT_BITS, MEASURES, Record, added_measures
+from kdq_lightning.runs.versions import is_version
+from kdq_lightning.training.header import LABEL, relative_path
 
 NARROW = ("method", "bits", "levels", "kB", "val top-1", "test top-1", "agreement")  # fits into 80 characters
 COLUMNS = (*NARROW, "flips", "relative error", "recipe")
@@ -67,3 +71,28 @@ def terminal_table(records: Sequence[Record]) -> Table:
         for i, row in enumerate(rows):
             table.add_row("" if i else name, *row[: len(NARROW)], end_section=i == len(rows) - 1)
     return table
+
+
+def closing_lines(folder: Path, has_curves: bool) -> list[str]:
+    """Return the last lines of a run: where its results lie, and the commands that show them.
+
+    Args:
+        folder: Of the results.
+        has_curves: Whether TensorBoard finds curves there.
+    """
+    run = folder.parent if is_version(folder) else folder
+    facts = {"results": relative_path(str(folder))}
+    if has_curves:
+        facts["curves"] = f"tensorboard --logdir {_quoted(folder.parent.parent)}"
+    facts["next"] = f"kdq report {_quoted(run)}"
+    return [f"{label:<{LABEL}}{text}" for label, text in facts.items()]
+
+
+def quantize_command(folder: Path) -> str:
+    """Return the command that quantizes a version that was trained without."""
+    version = _quoted(folder)
+    return f"kdq quantize --config {version}/config.yaml --ckpt_path {version} --quantization.enabled true"
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(relative_path(str(path)))
