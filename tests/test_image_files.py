@@ -1,6 +1,7 @@
 """Images as people have them: orientation, depth, transparency, names, and folders split or not."""
 
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +51,56 @@ def save_as(path: Path, values: np.ndarray) -> np.ndarray:
     return decode_file(str(path), values.shape[0])
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm", "jp2"])
 def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str):
     values = GENERATOR.integers(0, 65536, (16, 16)).astype(np.uint16)
     found = save_as(tmp_path / f"a.{suffix}", values)
     expected = np.round(values.astype(np.float64) / 65535 * 255)
     assert np.abs(found - expected[..., None]).max() <= (1 if suffix == "pgm" else 0) and found.std() > 50
+
+
+def write_tiff(path: Path, values: np.ndarray, bits: int, white_is_zero: bool = False) -> None:
+    """Write a grey TIFF byte by byte (TIFF 6.0, section 2), as Pillow writes neither 12 bits nor zero for white."""
+    flat, is_float = values.flatten(), values.dtype == np.float32
+    if bits == 12:  # two numbers in three bytes, the high bits first
+        pairs = zip(flat[::2].tolist(), flat[1::2].tolist(), strict=True)
+        data = b"".join((a << 12 | b).to_bytes(3, "big") for a, b in pairs)
+    else:
+        data = flat.astype("<f4" if is_float else "<u2").tobytes()
+    height, width = values.shape
+    short = {256: width, 257: height, 258: bits, 259: 1, 262: 0 if white_is_zero else 1, 277: 1, 278: height}
+    long = {273: 8, 279: len(data)}
+    entries = [(tag, 3, value) for tag, value in short.items()] + [(tag, 4, value) for tag, value in long.items()]
+    entries.append((339, 3, 3 if is_float else 1))
+    directory = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in sorted(entries))
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    path.write_bytes(head + data + struct.pack("<H", len(entries)) + directory + bytes(4))
+
+
+@pytest.mark.parametrize(("bits", "white_is_zero"), [(12, False), (16, False), (16, True), (32, False), (32, True)])
+def test_a_tiff_says_what_its_numbers_mean(tmp_path: Path, bits: int, white_is_zero: bool):
+    """Of 12 and 16 bits, and of floats in [0, 1]: how many bits there are, and whether 0 is black or white."""
+    shares = GENERATOR.random((16, 16))
+    highest = {12: 4095, 16: 65535, 32: 1}[bits]
+    values = (shares * highest).astype(np.float32 if bits == 32 else np.uint16)
+    write_tiff(tmp_path / "a.tif", values, bits, white_is_zero)
+    bright = values / highest
+    expected = 255 * (1 - bright if white_is_zero else bright)
+    found = decode_file(str(tmp_path / "a.tif"), 16).astype(float)
+    assert np.abs(found - expected[..., None]).max() < 0.51
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+def test_zero_is_white_in_a_compressed_tiff(tmp_path: Path, compression: str):
+    values = GENERATOR.integers(0, 65536, (16, 16)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.tif", compression=compression)
+    straight = decode_file(str(tmp_path / "a.tif"), 16)
+    content = (tmp_path / "a.tif").read_bytes()
+    entry = struct.pack("<HHI", 262, 3, 1)
+    assert content.count(entry + struct.pack("<HH", 1, 0)) == 1
+    (tmp_path / "a.tif").write_bytes(content.replace(entry + b"\x01", entry + b"\x00"))
+    inverted = decode_file(str(tmp_path / "a.tif"), 16)
+    assert np.abs(inverted.astype(int) + straight - 255).max() <= 1 and straight.std() > 50
 
 
 def test_floats_are_scaled_or_refused(tmp_path: Path):
@@ -70,6 +115,12 @@ def test_floats_are_scaled_or_refused(tmp_path: Path):
 def test_integers_without_a_range_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="32-bit integers have no known range"):
         save_as(tmp_path / "a.tif", GENERATOR.integers(0, 2**31, (16, 16)).astype(np.int32))
+    write_tiff(tmp_path / "b.tif", GENERATOR.integers(0, 100, (16, 16)).astype(np.uint16), 16)
+    signed = struct.pack("<HHI", 339, 3, 1)
+    content = (tmp_path / "b.tif").read_bytes()
+    (tmp_path / "b.tif").write_bytes(content.replace(signed + b"\x01", signed + b"\x02"))
+    with pytest.raises(UserError, match="16-bit integers have no known range"):
+        decode_file(str(tmp_path / "b.tif"), 16)
 
 
 def test_transparency_lies_on_white(tmp_path: Path):

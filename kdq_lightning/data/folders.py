@@ -22,7 +22,7 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.files import write_atomically
 
 _THREADS = 4
-_FORMAT = "2"  # counts up when the same files would give other tensors
+_FORMAT = "3"  # counts up when the same files would give other tensors
 _OF_SYSTEMS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "picasa.ini", "@eadir", "__macosx")
 """Names, in lower case, of what systems and photo programs leave in folders of images."""
 
