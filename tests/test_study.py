@@ -80,9 +80,33 @@ def test_public_weights(workspace: Path, capsys: pytest.CaptureFixture[str]):
     assert model["weights"] == "public.safetensors" and model["weights_std"] == (0.2, 0.2, 0.2)
 
 
+def test_public_weights_of_a_network_with_arguments(workspace: Path):
+    """The run and who learns from it build the network with them; the student's own arguments stay."""
+    name, args = "torchvision/mobilenet_v3_small", {"width_mult": 0.5, "dropout": 0.1}
+    torch.save({"state_dict": build_network(name, 10, args).state_dict()}, "public.pth")
+    weights = {"path": "public.pth", "network": name, "mean": [0.5] * 3, "std": [0.2] * 3, "network_args": args}
+    runs = {
+        "teacher": {
+            "config": "teacher_cpu.yaml",
+            "weights": weights,
+            "overrides": {"model.init_args.network": name},
+        },
+        "vanilla": TINY["runs"]["vanilla"],
+    }
+    quick = {**TINY["overrides"], "quantization.solver": "rounding", "quantization.methods": ["default"]}
+    path = write_study(TINY | {"runs": runs, "overrides": quick})
+    quantized, student = (read_settings(run.arguments).config["model"] for run in read_study(path, Path("runs")))
+    assert quantized["init_args"]["network_args"] == student["init_args"]["teacher_network_args"] == args
+    assert student["init_args"]["network_args"] is None
+    assert main(["study", str(path)]) == 0, [log.read_text() for log in Path("runs").rglob("*.log")]
+    assert main(["study", str(path), "--dry_run"]) == 0
+    Path("runs/tiny").rename("other")
+    assert main(["study", str(path), "--budget_minutes=60", "--dry_run"]) == 0
+
+
 STUDY_KEYS = "its keys are runs (dict), seeds (list[int]), overrides (dict)"
 RUN_KEYS = "its keys are config (str), overrides (dict), seeds (list[int]), weights (dict)"
-WEIGHTS_KEYS = "its keys are path (str), network (str), mean (numbers), std (numbers)"
+WEIGHTS_KEYS = "its keys are path (str), network (str), mean (numbers), std (numbers), network_args (dict)"
 BAD = [
     ("runs: [", "is not valid YAML: "),
     ("[3]", f"the study is not understood: Expected keys with values, got [3]; {STUDY_KEYS}"),
@@ -348,6 +372,33 @@ def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(workspace
     assert left(path) == {"teacher"}
     assert main(execution.arguments_of(read_study(path, Path("runs"))[0])) == 0  # and the study is killed
     assert left(path) == {"vanilla", "dkd", "recover"} and newest("teacher") == "version_2"
+
+
+@pytest.mark.parametrize("teachers", ["same", "other"])
+def test_a_teacher_with_its_classes_in_another_order(teachers: str, workspace: Path, capsys):
+    """What it taught stays done, as long as its weights are the same, and is gone on with where it was cut off."""
+    backwards = {
+        "data": "tests.test_class_names.Backwards",
+        "data.init_args.root": "x",
+        "data.init_args.val_size": 0.1,
+        "data.init_args.batch_size": 64,
+    }
+    teacher, vanilla = TINY["runs"].values()
+    vanilla = {**vanilla, "overrides": {**backwards, **vanilla["overrides"]}}
+    path = write_study(TINY | {"runs": {"teacher": teacher, "vanilla": vanilla}})
+    assert main(["study", str(path)]) == 0, [log.read_text() for log in Path("runs").rglob("*.log")]
+    assert "in another order" in " ".join(Path("runs/tiny/seed3/vanilla.log").read_text().split())
+    if teachers == "other":
+        checkpoint = Path("runs/tiny/seed3/teacher/version_0/checkpoints/best.ckpt")
+        content = torch.load(checkpoint, weights_only=True)
+        content["state_dict"]["network.conv1.weight"] *= 2
+        torch.save(content, checkpoint)
+    capsys.readouterr()
+    assert main(["study", str(path), "--dry_run"]) == 0
+    assert ("--name vanilla" in capsys.readouterr().out) == (teachers == "other")
+    student = read_study(path, Path("runs"))[1]
+    (student.folder / "version_0/finished").unlink()
+    assert ("--ckpt_path" in execution.arguments_of(student)) == (teachers == "same")
 
 
 @pytest.mark.slow

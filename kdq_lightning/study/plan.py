@@ -5,7 +5,9 @@ seeds: [0, 1, 2]
 overrides:                            # options of every run
   data.root: data
 runs:                                 # in this order; the folder of an earlier run of the same seed is {its name}
-  teacher: {config: teacher_cpu.yaml}
+  teacher:
+    config: teacher_cpu.yaml
+    weights: {path: net.pth, network: resnet56, mean: [...], std: [...]}  # optional: see `PublicWeights`
   vanilla:
     config: vanilla_cpu.yaml          # beside the study's file
     seeds: [0]                        # some of the study's; all if not given
@@ -40,16 +42,18 @@ class PublicWeights:
     """Trained weights that someone else has published, in place of a training.
 
     Attributes:
-        path: Plain state dict, `.safetensors`.
-        network: Its name in `networks.NETWORKS`.
+        path: Plain state dict, such as `.safetensors` or `.pth`.
+        network: The network's name.
         mean: Channel means of the inputs that the network was trained on.
         std: Their channel deviations.
+        network_args: Further arguments of the network; None if it has none.
     """
 
     path: str
     network: str
     mean: Channels
     std: Channels
+    network_args: dict | None = None  # type: ignore[type-arg]
 
 
 @dataclass(frozen=True)
@@ -204,10 +208,12 @@ def _runs_of_a_seed(
                 f"{path}: run {name} needs {{{missing[0]}}}, and no run of that name stands before it with seed {seed}"
             )
         if name in weights:
-            own |= {"model.init_args.weights": weights[name].path, **_statistics("weights", weights[name])}
+            own |= {"model.init_args.weights": weights[name].path}
+            own |= _described(weights[name], "weights", "network_args")
         taught_by = _REFERENCE.fullmatch(str(own.get(TEACHER, "")))
         if taught_by and (teacher := weights.get(taught_by[1])):
-            own |= {f"{TEACHER}_network": teacher.network, **_statistics("teacher", teacher)}
+            own |= {f"{TEACHER}_network": teacher.network}
+            own |= _described(teacher, "teacher", "teacher_network_args")
         arguments = [
             *("--config", str(path.parent / entry.config), "--name", name, "--seed_everything", str(seed)),
             *("--trainer.default_root_dir", str(root)),
@@ -232,9 +238,18 @@ def _read_planned(path: Path) -> dict[str, Mapping[str, Any]]:
         raise UserError(f"{path} is not a plan ({error}): delete it, and give --budget_minutes again") from error
 
 
-def _statistics(option: str, weights: PublicWeights) -> dict[str, Any]:
-    """Return the options that say what inputs published weights expect."""
-    return {f"model.init_args.{option}_mean": list(weights.mean), f"model.init_args.{option}_std": list(weights.std)}
+def _described(weights: PublicWeights, option: str, args_option: str) -> dict[str, Any]:
+    """Return the options that say what inputs and arguments the network of published weights has.
+
+    Args:
+        weights: The published weights.
+        option: Name of the option that names their file.
+        args_option: Name of the option for the network's arguments, which is left out if there are none.
+    """
+    found: dict[str, Any] = {f"{option}_mean": list(weights.mean), f"{option}_std": list(weights.std)}
+    if weights.network_args:
+        found[args_option] = weights.network_args
+    return {f"model.init_args.{name}": value for name, value in found.items()}
 
 
 def _as_text(value: object, places: Mapping[str, str]) -> str:

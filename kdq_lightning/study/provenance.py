@@ -1,5 +1,6 @@
 """Finds results that are outdated because the weights behind them were trained again."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,13 +24,19 @@ def is_outdated(run: Run, version: Path) -> bool:
     """
     with suppress(UserError):
         if run.command == "fit" and run.needs:
-            taught_by = read_checkpoint(version / "checkpoints" / "last.ckpt")
-            return any(taught_by.get(key, digest) != digest for key, digest in _digests_now(run).items())
+            then = read_checkpoint(version / "checkpoints" / "last.ckpt")
+            classes = then["data"].get("class_names", ())
+            return any(then.get(key, digest) != digest for key, digest in _digests_now(run, classes).items())
     return False
 
 
-def _digests_now(run: Run) -> dict[str, str]:
-    """Return the digests of the weights that a run would read now, by the keys that its checkpoint has for them."""
+def _digests_now(run: Run, class_names: Sequence[str]) -> dict[str, str]:
+    """Return the digests of the weights that a run would read now, by the keys that its checkpoint has for them.
+
+    Args:
+        run: The run.
+        class_names: Its classes in the order of its labels, in which it puts those of its teacher; none if unknown.
+    """
     prefix = "--model.init_args."
     options = dict(option.removeprefix(prefix).split("=", 1) for option in run.options if option.startswith(prefix))
     folders = {key: Path(options[key]) for key in ("teacher", "packed") if Path(options.get(key, "none")).is_dir()}
@@ -37,6 +44,8 @@ def _digests_now(run: Run) -> dict[str, str]:
     with suppress(UserError):
         if "teacher" in folders:
             trained = next(iter(load_trained(folders["teacher"]).values()))
+            if sorted(trained.class_names) == sorted(class_names):
+                trained = trained.for_classes(class_names, dataset="")
             digests["teacher"] = Teacher(trained.build(), trained.statistics, trained.network).digest
     with suppress(UserError):
         if "packed" in folders:
