@@ -293,11 +293,21 @@ def test_batches_and_outputs_are_tried_before_training(workspace: Path):
             trainer(callback(), logger=False).fit(Outputs(), *loaders_given)
 
 
+def test_fewer_images_than_are_asked_for(workspace: Path):
+    """All of them are calibrated on, and one sentence says so."""
+    with pytest.warns(UserWarning, match="all 96 training images are calibrated on: 512 are asked for") as said:
+        trainer(callback(calibration_images=512), logger=False, default_root_dir="few").fit(Project(), *loaders())
+    assert sum("calibrated on" in str(warning.message) for warning in said) == 1
+    trainer(callback(calibration_images=96), logger=False, default_root_dir="all").fit(Project(), *loaders())
+    few, whole = ([{**row, "run": "", "config_hash": ""} for row in rows(folder)] for folder in ("few", "all"))
+    assert few == whole
+
+
 @pytest.mark.parametrize(
     ("train", "options", "sentence"),
     [
         (DataLoader(Stream(), 16), {}, "single images of the training loader"),
-        (loaders()[0], {"calibration_images": 97}, "97 calibration images asked for, and 96 training images there"),
+        (loaders()[0], {"calibration_images": 0}, "calibration_images must be"),
         (loaders()[0], {"bits": ()}, "one or more different bit widths"),
     ],
 )

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kdq_lightning.errors import UserError
+from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.evaluation import evaluate_batches, full_float32
 from kdq_lightning.random_draws import random_uniform
 from kdq_lightning.runs.trained_network import state_dict_bytes
@@ -179,11 +180,14 @@ class PlainRun(Source):
         """Try what quantization will do with images, on a few of them, so that it is refused before training.
 
         Args:
-            count: Calibration images of all processes together.
+            count: Calibration images of all processes together; fewer training images are all taken, which is said.
 
         Raises:
-            UserError: If there are fewer training images, or batches or outputs are not what they have to be.
+            UserError: If there are fewer images than processes, or batches or outputs are not what they have to be.
         """
+        check_range("calibration_images", count, low=1, including_low=True)
+        if count > self._training_images:
+            rank_zero_warn(f"all {self._training_images} training images are calibrated on: {count} are asked for")
         with isolate_rng(), torch.no_grad(), full_float32(self.device):  # training goes as it would without this
             self._calibration(count, first=1)
             if self._evaluate is not None:
@@ -196,14 +200,19 @@ class PlainRun(Source):
                 what = f"{name} returns {found} for {len(labels)} images, not (images, classes)"
                 raise UserError(f"{what}: {OWN_EVALUATION}")
 
+    @property
+    def _training_images(self) -> int:
+        assert self._train is not None
+        return len(self._train.dataset)  # type: ignore[arg-type]
+
     @lru_cache(maxsize=1)  # noqa: B019 - lives as long as the run is quantized
     def _calibration(self, count: int, first: int | None = None) -> Tensor:
         """Return this process's share of the calibration images, or the first few of it, on the device."""
         assert self._train is not None
-        data: Any = self._train.dataset
-        if not self.trainer.world_size <= count <= len(data):
-            raise UserError(f"{count} calibration images asked for, and {len(data)} training images there")
-        chosen = random_uniform(SEED, torch.arange(len(data))).argsort(stable=True)[:count]
+        count = min(count, self._training_images)
+        if count < self.trainer.world_size:
+            raise UserError(f"{count} calibration images can't be shared among {self.trainer.world_size} processes")
+        chosen = random_uniform(SEED, torch.arange(self._training_images)).argsort(stable=True)[:count]
         batch = read_items(self._train, chosen[self.share(count)][:first].tolist(), SEED)
         inputs = batch[0] if isinstance(batch, Sequence) else batch
         if not isinstance(inputs, Tensor):

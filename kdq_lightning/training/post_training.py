@@ -59,7 +59,7 @@ class PostTrainingQuantization(Callback):
 
         Args:
             bits: Bit widths, 1 to 8.
-            calibration_images: Training images that the layers are solved on.
+            calibration_images: Training images that the layers are solved on; all of them where there are fewer.
             methods: `default`, the best known, and `gpfq`, the published recursion; both, side by side, if not given.
             solver: `gpfq`, `gptq`, `least_squares`, `qronos` or `rounding`, in place of the best known for the bit
                 width; makes `default` the method `custom`.

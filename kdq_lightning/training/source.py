@@ -77,10 +77,10 @@ class Source(ABC):
 
         Args:
             name: Of the network.
-            count: Calibration images of all processes together.
+            count: Calibration images of all processes together; where there are fewer training images, all of them.
 
         Raises:
-            UserError: If there are not as many training images.
+            UserError: If they can't be read, or there are fewer of them than processes.
         """
 
     @abstractmethod
