@@ -1,8 +1,10 @@
 """The `kdq` command: finds the module of the command that is asked for, and runs it."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
@@ -71,12 +73,20 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     from kdq_lightning.commands.messages import exit_code_of
 
+    find_own_files()
     for name, module in WITHOUT_MODEL.items():
         words = name.split()
         if arguments[: len(words)] == words:
             return exit_code_of(partial(importlib.import_module(module).main, arguments[len(words) :]))
     command_line = importlib.import_module("kdq_lightning.commands.command_line")
     return exit_code_of(partial(command_line.run_command, None if args is None else arguments))
+
+
+def find_own_files() -> None:
+    """Let class paths and networks, of options and configs, lead to files in the folder that the command runs in."""
+    with suppress(FileNotFoundError):  # that folder has been removed
+        if (folder := os.getcwd()) not in sys.path:  # as with `python -m`; the last, so that it hides no library
+            sys.path.append(folder)
 
 
 if __name__ == "__main__":

@@ -426,3 +426,59 @@ def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Return what a command prints before it ends with 0."""
     assert failure(arguments) == 0
     return capsys.readouterr().out
+
+
+OWN_FILE = """
+from lightning.pytorch import Callback
+from torch import optim
+
+from kdq_lightning.data.datamodules import DigitsDataModule
+from kdq_lightning.modules.vanilla import VanillaKD
+from kdq_lightning.networks import build_network
+
+
+class MyKD(VanillaKD):
+    def __init__(self, strategy: str = "mine", **kwargs):
+        super().__init__(strategy=strategy, **kwargs)
+
+
+class MyData(DigitsDataModule):
+    pass
+
+
+class MyOptimizer(optim.SGD):
+    def __init__(self, params, lr: float):
+        super().__init__(params, lr)
+
+
+class MyCallback(Callback):
+    def on_train_start(self, trainer, pl_module):
+        print("called back")
+
+
+def build(num_classes):
+    return build_network("resnet8", num_classes)
+"""
+
+
+def test_classes_of_the_users_own_file(workspace: Path, monkeypatch: pytest.MonkeyPatch):
+    """Strategy, data, optimizer, callback and network, typed or in a config, by the command as it is installed.
+
+    Its own folder is the first of `sys.path`, not the working folder as with `python -m`.
+    """
+    monkeypatch.setenv("PYTHONPATH", str(CONFIGS.parent))
+    kdq = [sys.executable, "-P", "-c", "import sys; from kdq_lightning.cli import main; sys.exit(main())"]
+    Path("my_file.py").write_text(OWN_FILE)
+    few = [*("--data=my_file.MyData", "--data.batch_size=64", "--trainer.accelerator=cpu", "--trainer.max_epochs=1")]
+    few += ["--trainer.enable_progress_bar=false", "--trainer.limit_train_batches=1", "--quantization.enabled=false"]
+    teacher = ["fit", "--model=Classifier", "--model.network=my_file.build", *few, "--name=teacher"]
+    subprocess.run([*kdq, *teacher], check=True)
+    own = ["--model=my_file.MyKD", "--model.network=resnet8", "--model.teacher=runs/teacher"]
+    own += ["--model.teacher_network=my_file.build", "--optimizer=my_file.MyOptimizer", "--optimizer.lr=0.01"]
+    own += ["--trainer.callbacks=my_file.MyCallback", *few, "--name=own"]
+    subprocess.run([*kdq, "fit", *own], check=True)
+    again = [*kdq, "fit", "--config", "runs/own/version_0/config.yaml"]
+    printed = subprocess.run(again, check=True, capture_output=True, text=True).stdout
+    assert "called back" in printed and "my_file.MyOptimizer(lr=0.01)" in printed
+    config = yaml.safe_load(Path("runs/own/version_1/config.yaml").read_text())
+    assert (config["model"]["class_path"], config["data"]["class_path"]) == ("my_file.MyKD", "my_file.MyData")

@@ -7,8 +7,6 @@ A name is one of `NETWORKS`, `torchvision/NAME`, `timm/NAME`, or the import path
 import copy
 import difflib
 import importlib
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -207,14 +205,12 @@ def _build_torchvision(name: str, num_classes: int, **options: Any) -> nn.Module
 
 
 def _import(path: str) -> Callable[..., nn.Module]:
-    """Return what an import path leads to; modules in the folder that the command runs in are found, too.
+    """Return what an import path leads to; commands find modules in the folder that they run in, too.
 
     Raises:
         UserError: If nothing is there, or it can't be called.
     """
     module, _, attribute = path.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
