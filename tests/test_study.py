@@ -20,8 +20,9 @@ from kdq_lightning.networks import build_network
 from kdq_lightning.runs.records import write_records
 from kdq_lightning.study import execution
 from kdq_lightning.study.command import still_to_run
+from kdq_lightning.study.done import find_done
 from kdq_lightning.study.plan import read_study
-from kdq_lightning.study.progress import Progress, find_done, format_seconds
+from kdq_lightning.study.progress import Progress, Stage, accuracies, format_seconds, read_stage
 from kdq_lightning.study.run import Run
 from tests.conftest import CONFIGS
 from tests.records import write_run
@@ -265,6 +266,10 @@ def test_goes_on_past_a_failed_run(
     assert [run.name for run in failed] == ["fails", "needs it", "raises", "option"]
     assert called == ["fails", "raises", "option", "works"]
     out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0] == "5 runs, 0 of them have their records already" and "\x1b" not in out
+    assert lines[1] == "[1/5] fails, seed 0: started, log runs/fails.log"
+    assert lines[2] == "[1/5] fails, seed 0: FAILED, see runs/fails.log"
     assert "printed by" not in out and out.count("FAILED, see runs/") == 3 and "works, seed 0: done" in out
     assert "a bug" in Path("runs/raises.log").read_text()
     monkeypatch.setattr(execution, "run_command", lambda arguments: (_ for _ in ()).throw(SystemExit(143)))
@@ -304,6 +309,64 @@ def test_remaining_time():
     assert progress.remaining([fast, slow, other]) == pytest.approx(15 + 60 + 30)
     assert progress.remaining([]) is None
     assert [format_seconds(s) for s in (59.6, 600, 7200)] == ["60 s", "10 min", "2.0 h"]
+
+
+def test_what_a_run_is_doing(workspace: Path):
+    """By its log, of which a part may be that of an earlier command."""
+    run = make_runs("run")[0]
+    assert read_stage(run) == Stage("starting")
+    run.log.parent.mkdir()
+    run.log.write_text("epoch 9/9  train 12.0 %\n")
+    begin = run.log.stat().st_size
+    assert read_stage(run) == Stage("quantizing", 1.0) and read_stage(run, begin) == Stage("starting")
+    with run.log.open("a") as log:
+        log.write("an epoch 7/8  of no line\n" + "epoch 1/4  train 12.0 %\nepoch 2/4  train 20.0 %\n" + 500 * "x\n")
+    assert read_stage(run, begin) == Stage("epoch 3/4", 0.5)
+    run.log.write_text("epoch 5  train 12.0 %\n")
+    assert read_stage(run) == Stage("epoch 6")
+    assert read_stage(Run("run", 0, "quantize", (), Path("runs"), ())) == Stage("quantizing")
+
+
+def test_a_terminal_shows_what_is_going(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Run, epoch, time left and log; nothing of it stays, and the lines of the runs that ended do."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    first, second = make_runs("first", "second")
+    for run in (first, second):
+        run.log.parent.mkdir(exist_ok=True)
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr("kdq_lightning.study.progress.monotonic", lambda: next(clock))
+    Path("runs/seed0/done/version_3").mkdir(parents=True)
+    progress = Progress(3, 2, 1, {make_runs("done")[0]: [Path("runs/seed0/done/version_3")]})
+    progress.start(first, [first, second])
+    first.log.write_text("epoch 1/2  train 9.0 %\n")
+    shown = progress._shown().plain.splitlines()
+    assert shown[:2] == ["[1/2] first, seed 0: epoch 2/2, 10 s", "      log runs/first.log"]
+    assert shown[2] == "      60 s left"  # 20 s are half of the first; as long for the second
+    write_run(first.folder / "version_0", "control", {2: 70, 4: 80, 32: 90}, peers=("peer0", "peer1"))
+    (first.folder / "version_0" / "finished").touch()
+    progress.finish(first, True, [second])
+    said = capsys.readouterr().out
+    assert "3 runs, 1 of them have their records already\n  1 in runs/seed0\n" in said and "started" in said
+    assert "[1/2] first, seed 0: done in 30 s, float 89.5 %, 2 bits 69.5 %; 30 s left\n" in said
+    with progress:
+        progress.start(second, [second])
+        assert progress.live.is_started
+        progress.finish(second, False, [])
+    assert not progress.live.is_started
+    said = capsys.readouterr().out
+    assert "started" not in said and "[2/2] second, seed 0: FAILED, see runs/second.log" in said
+
+
+def test_the_accuracy_of_a_run(workspace: Path):
+    """The float network's and that at the fewest bits, of the best known method; a recovered run has one alone."""
+    (run,) = make_runs("run")
+    assert accuracies(run) == []
+    records = write_run(run.folder / "version_0", "recover", {3: 80})
+    (run.folder / "version_0" / "finished").touch()
+    assert accuracies(run) == [f"3 bits {records[0].test_top1:.1f} %"]
+    write_run(run.folder / "version_0", "control", {2: 60}, method="gpfq")
+    assert accuracies(run) == []
 
 
 def test_a_whole_study(workspace: Path, capsys: pytest.CaptureFixture[str]):

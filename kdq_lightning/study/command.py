@@ -8,9 +8,10 @@ from kdq_lightning.commands.arguments import OneLineErrors
 from kdq_lightning.commands.report import write_report
 from kdq_lightning.errors import UserError
 from kdq_lightning.study.budget import make_plan
+from kdq_lightning.study.done import find_done
 from kdq_lightning.study.execution import execute
 from kdq_lightning.study.plan import PLAN_FILE, read_study
-from kdq_lightning.study.progress import Progress, find_done
+from kdq_lightning.study.progress import Progress
 from kdq_lightning.study.run import Run
 
 ROOT = Path("runs")
@@ -49,7 +50,9 @@ def main(args: list[str]) -> int:
     failed: list[Run] = []
     tried: set[Run] = set()
     while True:  # a teacher that was trained again leaves its students to do
-        failed += execute(left, options.devices, Progress(len(chosen), len(left), options.devices))
+        found = {run: folders for run, folders in done.items() if run in chosen and run not in left}
+        with Progress(len(chosen), len(left), options.devices, found) as progress:
+            failed += execute(left, options.devices, progress)
         tried.update(left)
         done = find_done(runs, _places(options.results))
         left = [run for run in still_to_run(chosen, done) if run not in tried]

@@ -57,7 +57,7 @@ def run_here(runs: Sequence[Run], progress: Progress) -> list[Run]:
         if _is_hopeless(run, failed):
             failed.append(run)
             continue
-        progress.start(run)
+        progress.start(run, [other for other in runs[i:] if not _is_hopeless(other, failed)])
         with _open_log(run) as log:
             ok = _call(run, log)
         failed += [] if ok else [run]
@@ -100,7 +100,7 @@ def run_at_once(runs: Sequence[Run], devices: int, progress: Progress) -> list[R
             unfinished = [*waiting, *(run for run, _ in busy.values())]
             ready = [run for run in waiting if not any(_needs(run, other) for other in unfinished)]
             for device, run in zip((d for d in range(devices) if d not in busy), ready, strict=False):
-                progress.start(run)
+                progress.start(run, [*waiting, *(other for other, _ in busy.values())])
                 busy[device] = run, _launch(run, device, threads)
                 waiting.remove(run)
             time.sleep(0.1)
