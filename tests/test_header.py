@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kdq_lightning.cli import main
-from kdq_lightning.modules.classifier import epoch_line
+from kdq_lightning.modules.training_epoch import epoch_line
 from kdq_lightning.runs.checkpoints import load_trained
 
 QUICK = ["--data=DigitsDataModule", "--data.batch_size=64", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]

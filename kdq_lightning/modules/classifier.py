@@ -1,7 +1,10 @@
-"""Training on labels: the teacher's and the control's module, and the base class of every strategy."""
+"""Training on labels: the teacher's and the control's module, and the base class of every strategy.
+
+Here are its networks: how they are built, checked, loaded and saved. How they are trained is in trained.py.
+"""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,44 +14,25 @@ from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.data.normalization import Channels, Statistics
 from kdq_lightning.errors import UserError, check_range
 from kdq_lightning.losses import cross_entropy
-from kdq_lightning.modules.evaluated import EvaluatedModule
-from kdq_lightning.modules.optimization import (
-    KERNEL_LEARNING_RATE,
-    Cycles,
-    GivenOptimizer,
-    configure_optimizer,
-    muon_kernels,
-)
-from kdq_lightning.modules.schedule import one_cycle
+from kdq_lightning.modules.optimization import KERNEL_LEARNING_RATE
 from kdq_lightning.modules.scores import Scores
 from kdq_lightning.modules.strategy_check import check_strategy
 from kdq_lightning.modules.teacher import Teacher
-from kdq_lightning.modules.training_epoch import TrainingEpoch
+from kdq_lightning.modules.trained import Losses, TrainedModule
 from kdq_lightning.networks import NETWORKS, build_network, check_images, pretrained_state, strided_on_one_pixel
 from kdq_lightning.quantization.codebooks import QuantizedWeight
 from kdq_lightning.quantization.methods import DEFAULT_METHOD
-from kdq_lightning.random_draws import random_integers
 from kdq_lightning.runs.checkpoints import checkpoint_statistics, load_trained, network_state
 from kdq_lightning.runs.class_names import shorten_names
 from kdq_lightning.runs.records import FLOAT_BITS
 from kdq_lightning.runs.trained_network import Description, TrainedNetwork, grow_biases, load_state
 
-LINE = 80  # columns of the line that an epoch prints
+__all__ = ["Classifier", "Losses"]
 
 _WEIGHTS_FLAGS = ("--model.init_args.network", "--model.init_args.weights_mean", "--model.init_args.weights_std")
 
-CHECK_EVERY = 50  # steps between two looks at the loss: each look makes the host wait for the device
 
-
-class Losses(NamedTuple):
-    """The result of a training step: the loss to minimise, its named parts, and logits (..., batch, classes) if any."""
-
-    loss: Tensor
-    parts: dict[str, Tensor]
-    logits: Tensor | None
-
-
-class Classifier(EvaluatedModule):
+class Classifier(TrainedModule):
     """Trains one network on labels: the teacher, and the control, which is the student without a teacher.
 
     A strategy overrides `losses`; one with several networks also `networks`; one whose network is quantized already
@@ -57,7 +41,6 @@ class Classifier(EvaluatedModule):
 
     is_quantized = False
     is_seeded = True  # False where the command line says that nothing is
-    given_optimizer: GivenOptimizer | None = None
 
     def __init__(
         self,
@@ -125,7 +108,6 @@ class Classifier(EvaluatedModule):
         for module in self.networks().values():
             module.to(memory_format=torch.channels_last)
         self.scores = Scores(self.networks())
-        self._epoch = TrainingEpoch(self.device)
 
     @classmethod
     def for_timing(cls, options: Mapping[str, Any], teacher: Teacher | None, is_cached: bool) -> "Classifier":
@@ -295,11 +277,6 @@ class Classifier(EvaluatedModule):
             "network_args": str(self.network_args) if self.network_args else None,
         }
 
-    @property
-    def optimizer_text(self) -> str:
-        """What trains the network: `sgd`, `muon`, or the user's class with its arguments."""
-        return self.given_optimizer.optimizer_text if self.given_optimizer else self.optimizer or "sgd"
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the statistics, and add the biases that weights from a packed file have.
 
@@ -319,147 +296,3 @@ class Classifier(EvaluatedModule):
         self.statistics = checkpoint_statistics(checkpoint)
         for name, network in self.networks().items():
             grow_biases(network, network_state(checkpoint, name))
-
-    # --- training
-
-    def use_optimizer(self, optimizer: Mapping[str, Any], lr_scheduler: Mapping[str, Any] | None) -> None:
-        """Train with another optimizer and schedule, in place of `optimizer`, `learning_rate` and what belongs to them.
-
-        Args:
-            optimizer: `class_path` and `init_args`.
-            lr_scheduler: Likewise; None for a constant learning rate.
-
-        Raises:
-            UserError: If the module's own option names an optimizer, too.
-        """
-        if self.optimizer is not None:
-            raise UserError("--optimizer and --model.init_args.optimizer are both given: leave one of them out")
-        self.given_optimizer = GivenOptimizer(optimizer, lr_scheduler)
-
-    def _total_steps(self) -> int:
-        """Return the number of optimizer steps of the training."""
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
-            raise UserError("the learning rate needs an end: give --trainer.max_epochs or --trainer.max_steps")
-        return int(total)
-
-    def configure_optimizers(self) -> Any:  # noqa: ANN401 - one of Lightning's forms
-        """Return the optimizer that the user gives; else the one under `cycles`, per step: SGD, or Muon.
-
-        Muon's learning rate has no warm-up.
-        """
-        if self.given_optimizer is not None:
-            return self.given_optimizer.configure(self.parameters())
-        total = self._total_steps()
-        use_muon = self.optimizer == "muon"
-        return configure_optimizer(
-            self.cycles(total, self.warmup),
-            self.cycles(total, warmup=0),
-            muon_kernels(self.networks().values(), str(self.trainer.precision)) if use_muon else set(),
-            self.learning_rate,
-            self.kernel_learning_rate,
-            self.weight_decay,
-        )
-
-    def cycles(self, total: int, warmup: float) -> Cycles:
-        """Return groups of modules, each with its learning rate over the steps.
-
-        Args:
-            total: Number of steps.
-            warmup: Share of the steps in which the rate rises.
-
-        Returns:
-            Pairs of modules and their learning rate as a share of the peak.
-        """
-        return [(list(self.networks().values()), one_cycle(total, warmup))]
-
-    def on_train_start(self) -> None:
-        """Start the epoch's sums: Lightning skips `on_train_epoch_start` when it resumes within an epoch."""
-        self.on_train_epoch_start()
-
-    def on_train_epoch_start(self) -> None:
-        """Start the epoch's sums and its clock."""
-        self._epoch = TrainingEpoch(self.device)
-
-    def on_validation_start(self) -> None:
-        """Stop the clock of the epoch's training."""
-        self._epoch.stop_clock()
-
-    def on_validation_end(self) -> None:
-        """Start the clock again."""
-        self._epoch.resume_clock()
-
-    def training_step(self, batch: View, batch_idx: int) -> Tensor:
-        """Return the strategy's loss; its parts are summed on the device and logged once an epoch."""
-        self._seed_draws(batch_idx)
-        losses = self.losses(batch)
-        self.validation_scores = {}
-        with torch.no_grad():
-            values = {"loss": losses.loss, **losses.parts}
-            if losses.logits is not None:
-                values["top1"] = 100 * (losses.logits.argmax(-1) == batch.labels).float().mean()
-            self._epoch.add(values, len(batch.labels), self.global_step)
-        if batch_idx % CHECK_EVERY == 0:
-            self._refuse_nan()
-        return losses.loss
-
-    def _seed_draws(self, batch_idx: int) -> None:
-        """Let what a network draws in a step, such as dropout, depend on seed, epoch, batch and rank alone.
-
-        A run that goes on within an epoch then draws what the unbroken run does. Networks that draw nothing are spared.
-        """
-        if all(name in NETWORKS for name in self.network_names().values()):
-            return
-        seed = getattr(self.trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
-        torch.manual_seed(int(random_integers(seed, self.current_epoch, batch_idx, self.global_rank)))
-
-    def _refuse_nan(self) -> None:
-        """Stop on every rank if a loss was not finite on any rank, before such weights are saved."""
-        if not self.trainer.training:
-            return
-        if (step := self._epoch.bad_step(self.trainer.strategy)) >= 0:
-            saved = [getattr(keeper, "best_model_path", "") for keeper in self.trainer.checkpoint_callbacks]
-            good = next(filter(None, reversed(saved)), "")
-            raise UserError(
-                f"the loss has not been finite since step {step}; last good checkpoint: {good or 'none yet'}. Lower"
-                " --model.init_args.learning_rate or look at the data, and "
-                + (f"start from its weights with --model.init_args.weights {good}" if good else "start again")
-            )
-
-    def on_train_epoch_end(self) -> None:
-        """Log the epoch's means over all images of all ranks."""
-        self._refuse_nan()
-        means = self._epoch.means(self.trainer.strategy)
-        if not means:  # resumed where the epoch's last step was done
-            return
-        logs = {f"train/{name}": mean for name, mean in means.items()}
-        logs["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log_dict(logs | {"step": float(self.global_step)})
-        self._print_epoch({**logs, **self.trainer.callback_metrics})
-
-    def _print_epoch(self, metrics: Mapping[str, float | Tensor]) -> None:
-        """Print a line for the epoch, which stays in the log when there is no progress bar."""
-        numbers = {name: float(metrics[name]) for name in metrics}
-        self.print(epoch_line(self.current_epoch + 1, self.trainer.max_epochs, numbers), flush=True)
-
-
-def epoch_line(epoch: int, epochs: int | None, metrics: Mapping[str, float]) -> str:
-    """Return what is printed of an epoch, such as "epoch 3/16  train 97.7 %, loss 0.43  val 98.6 %, loss 0.12".
-
-    Args:
-        epoch: Number of the epoch, from 1.
-        epochs: Number of epochs; None or -1 if nothing limits them.
-        metrics: Values by tag. The last ones are left out where the line has no room for them.
-    """
-    line = f"epoch {epoch}/{epochs}" if epochs and epochs > 0 else f"epoch {epoch}"
-    for tag, text in (
-        ("train/top1", "  train {:.1f} %"),
-        ("train/loss", ", loss {:.3g}" if "train/top1" in metrics else "  train loss {:.3g}"),
-        ("val/top1", "  val {:.1f} %"),
-        ("val/agreement", ", agreement {:.1f} %"),
-        ("val/loss", ", loss {:.3g}"),
-        ("train/images_per_second", "  {:,.0f} images/s"),
-    ):
-        part = text.format(metrics[tag]) if tag in metrics else ""
-        line += part if len(line + part) <= LINE else ""
-    return line

@@ -1,4 +1,4 @@
-"""Base class of every module: validation, test and prediction. Training is in classifier.py."""
+"""Base class of every module: validation, test and prediction. Training is in trained.py."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext

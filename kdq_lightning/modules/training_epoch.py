@@ -1,4 +1,4 @@
-"""The sums of a training epoch: mean losses, images a second, and whether a loss was not finite."""
+"""The sums of a training epoch, and its line: mean losses, images a second, and whether a loss was not finite."""
 
 import time
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
+
+LINE = 80  # columns of the line that an epoch prints
 
 
 class TrainingEpoch:
@@ -53,3 +55,25 @@ class TrainingEpoch:
         totals = strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
         means = (totals[:, 0] / totals[:, 1]).tolist()
         return dict(zip(self._sums, means, strict=True)) | {"images_per_second": float(totals[0, 1]) / seconds}
+
+
+def epoch_line(epoch: int, epochs: int | None, metrics: Mapping[str, float]) -> str:
+    """Return what is printed of an epoch, such as "epoch 3/16  train 97.7 %, loss 0.43  val 98.6 %, loss 0.12".
+
+    Args:
+        epoch: Number of the epoch, from 1.
+        epochs: Number of epochs; None or -1 if nothing limits them.
+        metrics: Values by tag. The last ones are left out where the line has no room for them.
+    """
+    line = f"epoch {epoch}/{epochs}" if epochs and epochs > 0 else f"epoch {epoch}"
+    for tag, text in (
+        ("train/top1", "  train {:.1f} %"),
+        ("train/loss", ", loss {:.3g}" if "train/top1" in metrics else "  train loss {:.3g}"),
+        ("val/top1", "  val {:.1f} %"),
+        ("val/agreement", ", agreement {:.1f} %"),
+        ("val/loss", ", loss {:.3g}"),
+        ("train/images_per_second", "  {:,.0f} images/s"),
+    ):
+        part = text.format(metrics[tag]) if tag in metrics else ""
+        line += part if len(line + part) <= LINE else ""
+    return line
