@@ -1,0 +1,61 @@
+"""The memory that a walk is said to take, against what the process takes."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from kdq_lightning.bench.quantization_accuracy import peak_memory
+from kdq_lightning.networks import build_network
+from kdq_lightning.quantization import quantize, walks
+from kdq_lightning.quantization.forwards import give_back_memory
+
+
+def perceptron() -> nn.Module:
+    layers = nn.Linear(3072, 1536), nn.ReLU(), nn.Linear(1536, 1536), nn.ReLU(), nn.Linear(1536, 10)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def vit() -> nn.Module:
+    return models.VisionTransformer(32, 4, 3, 4, 192, 768, num_classes=10)
+
+
+def convnext() -> nn.Module:
+    setting = [models.convnext.CNBlockConfig(64, 128, 1), models.convnext.CNBlockConfig(128, None, 2)]
+    return models.ConvNeXt(setting, num_classes=10)
+
+
+@pytest.mark.slow(seconds=150)
+@pytest.mark.filterwarnings("ignore:only .* of the weights are quantized")
+@pytest.mark.parametrize(
+    ("build", "count", "side", "bits"),
+    [
+        (lambda: build_network("resnet20", 10), 512, 32, (2, 4)),
+        (lambda: build_network("resnet8", 10), 1024, 32, (3,)),
+        (perceptron, 512, 32, (2, 4)),
+        (vit, 256, 32, (4,)),
+        (lambda: models.mobilenet_v2(width_mult=0.5, num_classes=10), 128, 64, (4,)),
+        (convnext, 256, 48, (2, 4)),
+    ],
+)
+def test_the_estimate_is_within_two_times_of_the_memory_taken(
+    build: Callable[[], nn.Module], count: int, side: int, bits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    network, images = build().eval(), torch.randn(count, 3, side, side)
+    estimates = []
+    estimate = walks.walk_bytes
+    monkeypatch.setattr(walks, "walk_bytes", lambda *args: estimates.append(estimate(*args)) or estimates[-1])
+    quantize(network, images[:8], bits=8, solver="rounding", refine=0, match_moments=False)  # loads what is loaded once
+    estimates.clear()
+    gc.collect()
+    give_back_memory()
+    with peak_memory() as before:
+        pass
+    with peak_memory() as peak:
+        quantize(network, images, bits=bits)
+    taken = (peak() - before()) * 2**30
+    print(f"estimated {max(estimates) / 1e9:.2f} GB, taken {taken / 1e9:.2f} GB")
+    assert taken / 2 < max(estimates) < 2 * taken
