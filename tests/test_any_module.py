@@ -684,23 +684,54 @@ class InPlace(Net):
         return super().forward(images.sub_(0.1).div_(0.5))
 
 
+class InPlaceSlices(Net):
+    def forward(self, images):
+        for channel in range(3):
+            images[:, channel].sub_(0.1).div_(0.5)
+        return super().forward(images)
+
+
 class OutOfPlace(Net):
     def forward(self, images):
         return super().forward((images - 0.1) / 0.5)
 
 
-def test_a_network_may_change_its_input(images):
+@pytest.mark.parametrize("kind", [InPlace, InPlaceSlices])
+def test_a_network_may_change_its_input(kind, images):
     before = images.clone()
-    found = quantize(InPlace(), [images], bits=(3, 4))[4]
+    found = quantize(kind(), [images], bits=(3, 4))[4]
     assert torch.equal(images, before)
     assert_same_codes(found, quantize(OutOfPlace(), [images], bits=(3, 4))[4])
 
 
-def test_nan_in_a_buffer_is_no_change(images):
+@pytest.mark.parametrize("owner", ["", "second"])
+def test_nan_in_a_buffer_is_no_change(owner, images):
     net = Net()
-    net.register_buffer("unset", torch.full((3,), torch.nan))
+    net.get_submodule(owner).register_buffer("unset", torch.full((3,), torch.nan))
     net.register_buffer("mask", torch.tensor([True, False]))
     assert len(only(net, images).weights) == 3
+
+
+class Auxiliary(Net):
+    """Heads that only training calls, in the forward or by a switch."""
+
+    def __init__(self):
+        super().__init__()
+        self.auxiliary, self.second_auxiliary = nn.Linear(8, 4), nn.Conv2d(8, 4, 1)
+        self.deep_supervision = True
+
+    def forward(self, images):
+        outputs = super().forward(images)
+        if self.training and self.deep_supervision:
+            x = self.first(images)
+            return outputs, self.auxiliary(x.mean((2, 3))), self.second_auxiliary(x)
+        return outputs
+
+
+def test_auxiliary_heads_are_named(images):
+    result = only(Auxiliary().train(), images)
+    assert notes(result) == dict.fromkeys(("auxiliary", "second_auxiliary"), "never reached: left in float")
+    assert len(result.weights) == 3
 
 
 def test_lazy_layers_find_their_shapes_on_the_copy(images):
