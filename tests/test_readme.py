@@ -105,9 +105,18 @@ def test_report_of_the_study(tmp_path: Path):
 
 
 def test_bytes_of_the_files():
-    """The table of docs/standard_files.md is that of the records."""
-    text = (ROOT / "docs" / "standard_files.md").read_text()
-    assert files_table() in text
+    """The tables of docs/standard_files.md and README.md are those of the records."""
+    assert files_table((2, 3, 4, 8)) in (ROOT / "docs" / "standard_files.md").read_text()
+    assert files_table((2,)) in (ROOT / "README.md").read_text()
+
+
+def test_onnx_files_are_hardly_larger_than_packed_ones():
+    """At most 3 % and 1 kB a layer, as the page says."""
+    for network, layers in (("resnet20", 20), ("resnet56", 56), ("resnet18", 21)):
+        files = json.loads((RESULTS / "files" / f"{network}.json").read_text())["files"]
+        for bits in (2, 3, 4, 8):
+            packed = files[f"torch, {bits}-bit file"]
+            assert packed < files[f"onnxruntime planes, {bits} bits"] <= 1.03 * packed + 1000 * layers
 
 
 def test_accuracies_of_mixed_bits():
@@ -146,12 +155,12 @@ def mixed_table() -> str:
     return "\n".join(lines)
 
 
-def files_table() -> str:
-    """Return the sizes in results/files as a Markdown table, kB."""
+def files_table(widths: tuple[int, ...]) -> str:
+    """Return the sizes in results/files at some bit widths as a Markdown table, kB."""
     lines = ["| network | bits | packed | `planes` | `qdq` | float32 |", "|---|---|---:|---:|---:|---:|"]
-    for network in ("resnet20", "resnet56"):
+    for network in ("resnet20", "resnet56", "resnet18"):
         files = json.loads((RESULTS / "files" / f"{network}.json").read_text())["files"]
-        for bits in (2, 3, 4, 8):
+        for bits in widths:
             names = (
                 f"torch, {bits}-bit file",
                 f"onnxruntime planes, {bits} bits",
