@@ -41,7 +41,7 @@ def convnext() -> nn.Module:
         (convnext, 256, 48, (2, 4)),
     ],
 )
-def test_the_estimate_is_within_two_times_of_the_memory_taken(
+def test_the_estimate_is_an_upper_bound_and_at_most_twice_the_memory_taken(
     build: Callable[[], nn.Module], count: int, side: int, bits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ):
     network, images = build().eval(), torch.randn(count, 3, side, side)
@@ -58,4 +58,4 @@ def test_the_estimate_is_within_two_times_of_the_memory_taken(
         quantize(network, images, bits=bits)
     taken = (peak() - before()) * 2**30
     print(f"estimated {max(estimates) / 1e9:.2f} GB, taken {taken / 1e9:.2f} GB")
-    assert taken / 2 < max(estimates) < 2 * taken
+    assert taken < max(estimates) < 2 * taken

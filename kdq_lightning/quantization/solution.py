@@ -235,10 +235,11 @@ def working_bytes(layer: Layer, recipes: Sequence[Recipe]) -> int:
     """Return the memory that the Gram matrices of one layer and its solver take at most, all recipes together."""
     neurons, size = len(layer.weight), layer.weight[0].numel()
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-    matrices = sum(1 + SOLVERS[recipe.solver].needs_cross for recipe in recipes) + 4  # one recipe at a time solves
+    matrices = sum(1 + SOLVERS[recipe.solver].needs_cross for recipe in recipes) + 6  # one recipe at a time solves
     signs = max(2 if CODEBOOKS[recipe.codebook].signed_scale else 1 for recipe in recipes)
     candidates = signs * len(SCALE_FACTORS)
-    return 8 * matrices * groups * size**2 + size * neurons * (3 * 4 * candidates + 8 * 8)
+    while_choosing = 4 * 4 * candidates  # levels, what rounding left, its square, and that weighted, in float32
+    return 8 * matrices * groups * size**2 + size * neurons * (while_choosing + 8 * 8)
 
 
 def candidate_scales(weight: Tensor, recipe: Recipe) -> Tensor:

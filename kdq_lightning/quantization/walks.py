@@ -1,6 +1,7 @@
 """Walks over one network, of as many recipes together as the memory allows."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 from torch import nn
 
@@ -12,6 +13,8 @@ from kdq_lightning.quantization.probe import Plan
 from kdq_lightning.quantization.quantized import Quantized
 from kdq_lightning.quantization.recipes import NetworkRecipe, Recipe, recipe_of
 from kdq_lightning.quantization.solution import working_bytes
+
+HOLES = 1.7  # of the bytes that live: what the heap takes for activations, between those of other forwards that live on
 
 
 class Walks:
@@ -96,12 +99,15 @@ def split_by_memory(
 
 
 def walk_bytes(network: nn.Module, plan: Plan, recipes: Sequence[NetworkRecipe], images: int) -> float:
-    """Return the memory that a walk over all these recipes at once takes at its peak, beside the networks."""
+    """Return the bytes that a walk over all these recipes at once takes at its peak, with its copies of the network."""
     layers, memory = layers_of(network), plan.activations
     stacked = images * (1 + len(recipes))
     solving = (
-        memory.at_layer[name] * stacked + working_bytes(layers[name], [recipe_of(recipe, name) for recipe in recipes])
+        HOLES * memory.at_layer[name] * stacked
+        + working_bytes(layers[name], [recipe_of(recipe, name) for recipe in recipes])
         for name in plan.samples
         if name not in plan.tied
     )
-    return images * memory.image + PART_IMAGES * memory.peak + max(solving, default=0.0)
+    forward = images * memory.image + PART_IMAGES * memory.peak
+    copies = len(recipes) * sum(tensor.nbytes for tensor in chain(network.parameters(), network.buffers()))
+    return HOLES * forward + max(solving, default=0.0) + copies
