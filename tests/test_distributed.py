@@ -19,6 +19,7 @@ from torch import nn
 
 from kdq_lightning.cli import main
 from kdq_lightning.data.datamodules import DigitsDataModule
+from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.runs.records import read_correct, read_records
 from kdq_lightning.training.callbacks import NameDeadRank
@@ -54,6 +55,31 @@ def train(devices: int) -> dict[str, torch.Tensor]:
     module = WithoutBatchNorm("resnet8", 10, learning_rate=0.1)
     trainer.fit(module, DigitsDataModule(batch_size=64, crop=1, cutout=2))
     return {key: value.clone() for key, value in module.network.state_dict().items()}
+
+
+class FailOnRankOne(Callback):
+    """Finds something wrong where the other rank does not."""
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            raise UserError("rank 1 found a broken image: delete it")
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--trainer.callbacks+=tests.test_distributed.FailOnRankOne", "kdq: rank 1 found a broken image: delete it\n"),
+        ("--model.init_args.weights=nowhere.ckpt", "kdq: nowhere.ckpt does not exist: give a run folder"),
+    ],
+)
+def test_an_error_of_a_rank_is_a_sentence(
+    option: str, sentence: str, images: Path, workspace: Path, capfd: pytest.CaptureFixture[str]
+):
+    """Of one rank, or of both; torch passes on its traceback alone."""
+    arguments = ["--config", config("control_cpu"), "--model.init_args.network=resnet8", f"--data.root={images}"]
+    assert main(["fit", *arguments, *FEW_STEPS, *TWO, "--trainer.max_epochs=1", option]) == 1
+    error = capfd.readouterr().err
+    assert error.startswith(sentence) and error.count("\n") == 1
 
 
 RANKS = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])

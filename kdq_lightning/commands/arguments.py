@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -69,6 +70,16 @@ class OneLineErrors(ArgumentParser):
         kwargs.setdefault("formatter_class", PlainHelp)
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]  # as jsonargparse's
+        """Parse, with the home folder in place of `~`, which a shell leaves as it is in quotes and in `--out=~/x`."""
+        options: Namespace = super().parse_args(*args, **kwargs)
+        for key, value in options.items():
+            if isinstance(value, Path):
+                options[key] = value.expanduser()
+            elif isinstance(value, list):
+                options[key] = [item.expanduser() if isinstance(item, Path) else item for item in value]
+        return options
+
     def add_group_help(self, names: Iterable[str]) -> None:
         """Add `--help.<name>` for each of these groups, and `--help.all`."""
         for name in (*names, "all"):
@@ -121,7 +132,7 @@ def _list_hint(sentence: str) -> str:
 def one_sentence(message: str) -> str:
     """Return a message of jsonargparse in one line, without the lines that say nothing to a user."""
     lines = [line.strip(" -") for line in message.splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(_NOISE))
+    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(_NOISE)))
 
 
 def check_class_given(settings: Namespace, name: str, later: Collection[str] = ()) -> None:

@@ -67,9 +67,14 @@ class ResumedRun:
         }
         for name, value in now.items():
             if then.get(name) != value:
+                advice = "give the same, or leave out --ckpt_path"
+                if name in ("max_epochs", "max_steps"):
+                    advice = (
+                        f"its learning rate falls to 0 there, so give the same, --trainer.{name} {then.get(name)}; or"
+                        f" train on as a new run, with --model.init_args.weights {self.path} in place of --ckpt_path"
+                    )
                 raise UserError(
-                    f"{self.path} was trained with {name} {then.get(name)}, this command says {value}:"
-                    f" give the same, or leave out --ckpt_path"
+                    f"{self.path} was trained with {name} {then.get(name)}, this command says {value}: {advice}"
                 )
 
 

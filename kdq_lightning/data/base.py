@@ -131,6 +131,10 @@ class ImageDataModule(LightningDataModule, ABC):
         is_training[self.val_index] = False
         self.train_index = is_training.nonzero().squeeze(1)
         self._note_missing_classes()
+        if stage == "fit" and self.batch_size > len(self.train_index):
+            self.notes.append(
+                f"a step takes all {len(self.train_index):,} training images: data.batch_size is {self.batch_size:,}"
+            )
         self._is_set_up = True
 
     def _choose_validation(self) -> Tensor:
