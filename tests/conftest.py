@@ -56,7 +56,20 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lay out figures, but don't draw their pixels, a good part of a short run, except for tests marked `pictures`."""
+    if request.node.get_closest_marker("pictures"):
+        return
+    from torch.utils.tensorboard import SummaryWriter  # which tests that run nothing do without
+
+    from kdq_lightning.report import document
+
+    monkeypatch.setattr(SummaryWriter, "add_figure", lambda *_, **__: None)
+    monkeypatch.setattr(document, "render", lambda figure, kind: b"")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_pictures: None) -> Path:
     """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -88,7 +101,16 @@ def real_images():
 
 # A worker of pytest-xdist gets whole files, in this order. torch refuses to fork a process whose autograd has threads,
 # and exporting to ONNX starts them: who forks is first. The longest files follow, so that all workers end together.
-FIRST = ("test_distributed.py", "test_any_project.py", "test_study.py", "test_cli.py", "test_post_training.py")
+FORKS = (
+    "test_distributed.py",
+    "test_budgets.py",
+    "test_any_project.py",
+    "test_mixed.py",
+    "test_quantize.py",
+    "test_muon.py",
+)
+LONG = ("test_post_training.py", "test_study.py", "test_cli.py", "test_onnx_export.py", "test_zoo.py")
+FIRST = (*FORKS, *LONG)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -3,8 +3,6 @@
 import csv
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from kdq_lightning import PostTrainingQuantization, load_packed, quantize
+from kdq_lightning.quantization.packing import read_weights
+from tests.processes import run_in_fork
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 BITS = (2, 4)
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}  # of processes beside this one
 
 
 def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -192,6 +191,7 @@ class Notes(Logger):
         self.points += [(tag, step, value) for tag, value in metrics.items()]
 
 
+@pytest.mark.pictures
 def test_any_loggers(workspace: Path):
     """Each gets every point once; TensorBoard figures and table, too."""
     notes, board = Notes(), TensorBoardLogger("board", "mine")
@@ -361,9 +361,7 @@ def test_neither_order_nor_processes_matter(workspace: Path):
 
 
 def test_the_engine_is_the_one_of_the_package(workspace: Path):
-    """`quantize` and `load_packed` come without Lightning, and nothing else is exported."""
-    code = "import sys; from kdq_lightning import load_packed, quantize; assert 'lightning' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)
+    """`quantize` and `load_packed`; nothing else is exported. `test_imports` has that they come without Lightning."""
     result = quantize(build(), [images(64, 1)[0]], bits=(3,))[3]
     result.save("net.safetensors")
     loaded = load_packed("net.safetensors", build())
@@ -372,39 +370,53 @@ def test_the_engine_is_the_one_of_the_package(workspace: Path):
         from kdq_lightning import everything  # noqa: F401
 
 
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-from tests.test_any_project import Project, callback, loaders, trainer
+def fit_from_last_checkpoint(dies_in_call: int = -1, folder: str = "root", **options) -> None:
+    """Fit and quantize in a folder, from its last checkpoint if there is one; note each evaluation in `calls`."""
 
-def evaluate(network, loader):
-    with open("calls", "a") as file:
-        file.write("x")
-    if len(Path("calls").read_text()) == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return {"top1": 50.0}
+    def evaluate(network, loader):
+        with Path("calls").open("a") as file:
+            file.write("x")
+        if len(Path("calls").read_text()) == dies_in_call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"top1": 50.0}
 
-last = max(Path("root/checkpoints").glob("*.ckpt"), default=None)
-fitted = trainer(callback(evaluate=evaluate), logger=False, default_root_dir="root")
-fitted.fit(Project(), *loaders(), ckpt_path=last and str(last))
-"""
+    last = max(Path(folder, "checkpoints").glob("*.ckpt"), default=None)
+    fitted = trainer(callback(evaluate=evaluate, **options), logger=False, default_root_dir=folder)
+    fitted.fit(Project(), *loaders(), ckpt_path=last and str(last))
 
 
 def test_kill_minus_9_between_two_methods(workspace: Path):
     """Gone on with from its last checkpoint, when nothing is left to train: only the other method is done."""
-    command = [sys.executable, "-c", SCRIPT]
-    killed = subprocess.run([*command, "4"], env=ENVIRONMENT, check=False)  # float, 2 and 4 bits are done
-    assert killed.returncode == -signal.SIGKILL
+    # In the fourth, float, 2 and 4 bits are done.
+    assert run_in_fork(lambda: fit_from_last_checkpoint(dies_in_call=4)) == -signal.SIGKILL
     before = rows("root")
     assert [(row["method"], row["bits"]) for row in before] == [*WANTED[:2], WANTED[-1]]
     files = {path: path.stat().st_mtime_ns for path in Path("root/packed").iterdir()}
     Path("calls").write_text("")
-    subprocess.run([*command, "-1"], env=ENVIRONMENT, check=True)
+    fit_from_last_checkpoint()
     assert Path("calls").read_text() == "xxx"  # the float network, and gpfq twice
     after = rows("root")
     assert [(row["method"], row["bits"]) for row in after] == WANTED
     assert [row for row in after if row["method"] != "gpfq"] == before
     assert all(path.stat().st_mtime_ns == time for path, time in files.items() if "gpfq" not in path.name)
+
+
+def test_kill_minus_9_between_two_budgets(workspace: Path):
+    """Only the other budget is done, and both files are the unbroken run's."""
+    two = {"bits": (4,), "methods": ("default",), "budgets": ("2kB", "2.5kB")}
+    # In the fourth, float, 4 bits and the smaller budget are done.
+    assert run_in_fork(lambda: fit_from_last_checkpoint(4, **two)) == -signal.SIGKILL
+    assert [row["budget"] for row in rows("root") if row["method"] == "mixed"] == ["2000"]
+    times = {path: path.stat().st_mtime_ns for path in Path("root/packed").iterdir()}
+    Path("calls").write_text("")
+    fit_from_last_checkpoint(**two)
+    assert Path("calls").read_text() == "xx"  # the float network, and the other budget
+    assert [row["budget"] for row in rows("root") if row["method"] == "mixed"] == ["2000", "2500"]
+    assert len(times) == 2 and all(path.stat().st_mtime_ns == time for path, time in times.items())
+    fit_from_last_checkpoint(folder="whole", **two)
+    for size in (2000, 2500):
+        mine, theirs = (read_weights(Path(root, f"packed/net-mixed-{size}B.safetensors")) for root in ("root", "whole"))
+        assert all((mine[key].codes == theirs[key].codes).all() for key in theirs)
 
 
 def test_budgets(workspace: Path):

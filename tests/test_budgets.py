@@ -4,8 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,9 @@ from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.runs.config_hash import config_hash, version_hash
 from kdq_lightning.runs.records import read_correct, read_layers, read_records
 from kdq_lightning.training.post_training import PostTrainingQuantization
+from kdq_lightning.training.quantized_run import QuantizedRun
 from tests.conftest import config
+from tests.processes import run_in_fork
 
 QUICK = [
     *("--config", config("quickstart"), "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
@@ -82,6 +82,7 @@ def test_the_curve(run: Path):
     assert not [tag for tag in scalars if "vs_bits_mixed" in tag]
 
 
+@pytest.mark.pictures
 def test_the_report_ships_a_mixed_file(run: Path, capsys: pytest.CaptureFixture[str]):
     """Where it is the best on validation: here it is the only one that fits."""
     assert main(["report", "runs", "--max_bytes", "20kB", "--out", "report"]) == 0
@@ -106,36 +107,28 @@ def test_a_further_budget_repeats_nothing(run: Path):
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
-SCRIPT = """
-import os, signal, sys
-from kdq_lightning.cli import main
-from kdq_lightning.training.quantized_run import QuantizedRun
+@pytest.mark.slow(seconds=10)
+def test_kill_minus_9_between_two_budgets(trained: Path, run: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same command does the other budget alone, and ends with the unbroken run's files.
 
-add_row = QuantizedRun.add_row
+    `test_any_project` has it of a smaller network.
+    """
+    add_row = QuantizedRun.add_row
 
-def add_and_die(self, row, *rest, **more):
-    add_row(self, row, *rest, **more)
-    if row.method == "mixed":
-        os.kill(os.getpid(), signal.SIGKILL)
+    def add_and_die(self, row, *rest, **more):
+        add_row(self, row, *rest, **more)
+        if row.method == "mixed":
+            os.kill(os.getpid(), signal.SIGKILL)
 
-if sys.argv[1] == "die":
-    QuantizedRun.add_row = add_and_die
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-def test_kill_minus_9_between_two_budgets(trained: Path, run: Path):
-    """The same command does the other budget alone, and ends with the unbroken run's files."""
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     command = ["quantize", *QUICK, BUDGETS, "--ckpt_path", str(trained / "runs/quickstart")]
-    killed = subprocess.run([sys.executable, "-c", SCRIPT, "die", *command], env=environment, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantizedRun, "add_row", add_and_die)
+        assert run_in_fork(lambda: main(command)) == -signal.SIGKILL
     folder = Path("runs/quickstart-quantized/version_0")
     assert [record.budget for record in read_records(folder) if record.method == "mixed"] == [18_000]
     times = {path: path.stat().st_mtime_ns for path in (folder / "packed").iterdir()}
     assert len(times) == 3
-    subprocess.run([sys.executable, "-c", SCRIPT, "live", *command], env=environment, check=True)
+    assert main(command) == 0
     assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     for name in ("resnet8-mixed-18000B", "resnet8-mixed-30000B"):

@@ -99,5 +99,6 @@ def test_every_floor_is_inhabited():
 def test_no_lightning():
     """In one process, as importing torch takes seconds."""
     code = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(f'kdq_lightning.{name}')\n"
-    code += "    assert 'lightning' not in sys.modules, name"
+    code += "    assert 'lightning' not in sys.modules, name\n"
+    code += "from kdq_lightning import load_packed, quantize\nassert 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, *WITHOUT_LIGHTNING], check=True)

@@ -418,7 +418,7 @@ def _quantize_a_share(rank: int, world: int, path: str) -> None:
 
 def test_two_processes_equal_one(tmp_path):
     path = str(tmp_path / "store")
-    mp.spawn(_quantize_a_share, (2, path), nprocs=2)
+    mp.start_processes(_quantize_a_share, (2, path), nprocs=2, start_method="fork")  # nothing is imported anew
     torch.manual_seed(0)
     network = build_network("resnet8", 10)
     images = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(1))
