@@ -118,20 +118,20 @@ def test_same_metrics_of_one_checkpoint(ranks: int, workspace: Path, capfd: pyte
 def test_same_quantized_table(ranks: int, workspace: Path):
     """Quantized on one rank and on several: every row and every vector is the same to the last image."""
     quick = ["--config", config("quickstart"), "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
-    quick += ["--model.networks=[resnet8,resnet8]", "--quantization.bits=[2,4]", "--data.val_size=99"]
+    quick += ["--model.networks=[resnet8,resnet8]", "--quantization.bits=[2]", "--data.val_size=99"]
     quick += ["--quantization.calibration_images=99"]
-    assert main(["fit", *quick, "--trainer.max_epochs=2"]) == 0
+    assert main(["fit", *quick, "--trainer.max_epochs=1"]) == 0
     assert main(["quantize", *quick, "--ckpt_path=runs/quickstart", *TWO, f"--trainer.devices={ranks}"]) == 0
     one, two = Path("runs/quickstart/version_0"), Path("runs/quickstart-quantized/version_0")
     inexact = {"nll", "ece", "relative_error"}  # sums of float32 outputs, whose last digits depend on the batch
     records = [[vars(record) for record in read_records(version)] for version in (one, two)]
-    assert len(records[0]) == len(records[1]) == 10
+    assert len(records[0]) == len(records[1]) == 6
     for mine, theirs in zip(*records, strict=True):
         for name in mine.keys() - {"run", "config_hash", "seconds"}:
             expected = pytest.approx(mine[name], rel=1e-5) if name in inexact and mine[name] else mine[name]
             assert theirs[name] == expected, (mine["peer"], mine["method"], mine["bits"], name)
     vectors = read_correct(one), read_correct(two)
-    assert vectors[0].keys() == vectors[1].keys() and len(vectors[0]) == 20
+    assert vectors[0].keys() == vectors[1].keys() and len(vectors[0]) == 12
     assert all(torch.equal(vector, vectors[1][key]) for key, vector in vectors[0].items())
 
 
@@ -147,12 +147,13 @@ def test_every_strategy_trains_on_two_ranks(strategy: str, images: Path, teacher
         arguments += [f"--model.init_args.teacher={teacher_run}"]
     if strategy == "hint":
         arguments += ["--model.init_args.hint_share=0.5"]
-    assert main([*arguments, "--trainer.max_epochs=2", "--trainer.limit_train_batches=3"]) == 0
+    arguments += ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--quantization.methods=[default]"]
+    assert main(arguments) == 0
     checkpoint = torch.load(f"runs/{strategy}_cpu/version_0/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6
 
 
-@pytest.mark.parametrize("strategy", ["control", "hint"])
+@pytest.mark.parametrize("strategy", [pytest.param("control", marks=pytest.mark.slow(seconds=8)), "hint"])
 def test_a_network_of_torchvision_on_two_ranks(strategy: str, images: Path, teacher_run: Path, workspace: Path):
     """Trained through both stages of hints between unlike networks, and quantized."""
     arguments = ["fit", "--config", config(f"{strategy}_cpu"), f"--data.root={images}", *FEW_STEPS, *TWO]
