@@ -197,6 +197,7 @@ def plugin_content(events: EventAccumulator, tag: str) -> HParamsPluginData:
     return HParamsPluginData.FromString(events.summary_metadata[f"_hparams_/{tag}"].plugin_data.content)
 
 
+@pytest.mark.pictures
 def test_runs_of_all_strategies_overlay(run: Path):
     """Mutual learning has the columns and the charts of the others, and all its peers in one picture."""
     few = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--quantization.bits=[2,3,8]"]
@@ -244,6 +245,7 @@ def test_runs_of_all_strategies_overlay(run: Path):
             assert (series.lower, series.upper) in (bounds, ("float_accuracy" in series.value and series.value,) * 2)
 
 
+@pytest.mark.pictures
 def test_resuming_keeps_the_points(run: Path):
     """After only the quantization was repeated, training's points and the new ones stand once each."""
     forget(run)
