@@ -282,6 +282,25 @@ def test_seed_is_the_runs_own_unless_given(monkeypatch):
     assert DigitsDataModule(seed=5).seed == 5
 
 
+def test_fewer_images_to_train_on(archive):
+    """They are a stratified sample of those not kept for validation, which stay the same; the seed changes neither."""
+    whole, few = cifar(archive), cifar(archive, train_size=20)
+    assert torch.equal(few.val_index, whole.val_index)
+    assert set(few.train_index.tolist()) < set(whole.train_index.tolist())
+    assert few.train_index.tolist() == sorted(few.train_index.tolist())
+    assert few.train_set.labels[few.train_index].bincount().tolist() == [2] * 10
+    assert torch.equal(few.train_index, cifar(archive, train_size=20, seed=1).train_index)
+    assert not torch.equal(few.train_index, cifar(archive, train_size=20, split_seed=1).train_index)
+    assert len(cifar(archive, train_size=0.5).train_index) == 30
+    assert set(few.calibration_images(12)[1].tolist()) <= set(few.train_index.tolist())
+    assert few.view_key() != whole.view_key()
+    lacking = [note for note in cifar(archive, train_size=5).notes if "data.train_size" in note]
+    assert len(lacking) == 1 and lacking[0].startswith("no image of class") and "4 other classes" in lacking[0]
+    for size in (0, 61, -1, float("nan")):
+        with pytest.raises(UserError, match="train_size"):
+            cifar(archive, train_size=size)
+
+
 def test_digits():
     data = DigitsDataModule()
     data.setup()

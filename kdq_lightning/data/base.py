@@ -41,6 +41,7 @@ class ImageDataModule(LightningDataModule, ABC):
         std: Channels,
         batch_size: int = 128,
         val_size: int | float = 5000,
+        train_size: int | float | None = None,
         crop: int = 4,
         flip: bool | Literal["alternate"] = True,
         cutout: int = 0,
@@ -59,6 +60,8 @@ class ImageDataModule(LightningDataModule, ABC):
             std: Channel standard deviations of images in [0, 1], divided by.
             batch_size: Images a step, over all processes.
             val_size: Images kept from training for validation: a count, or a fraction below 1.
+            train_size: Images to train on, a stratified sample of those that are not for validation: a count, or a
+                fraction below 1; all if not given.
             crop: Largest random shift in pixels, 0 for none.
             flip: Mirror every other image; `alternate` mirrors each in every second epoch.
             cutout: Side in pixels of the square painted over with the mean colour, 0 for none.
@@ -66,7 +69,8 @@ class ImageDataModule(LightningDataModule, ABC):
             image_sizes: Sides in pixels that the trained network gets training images at, spread evenly over the run's
                 epochs; a teacher sees the same views whole.
             seed: Seed of order and views; the run's seed if not given.
-            split_seed: Seed of the validation split and of the calibration images, whatever the run's seed.
+            split_seed: Seed of the validation split, of the `train_size` images and of the calibration images, whatever
+                the run's seed.
 
         Raises:
             UserError: If an option is out of its range.
@@ -87,6 +91,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.statistics.check()
         self.batch_size = batch_size
         self.val_size = val_size
+        self.train_size = train_size
         self.crop = crop
         self.flip = flip
         self.cutout = cutout
@@ -129,7 +134,7 @@ class ImageDataModule(LightningDataModule, ABC):
             self.val_index = self._choose_validation()
         is_training = torch.ones(total, dtype=torch.bool)
         is_training[self.val_index] = False
-        self.train_index = is_training.nonzero().squeeze(1)
+        self.train_index = self._choose_training(is_training.nonzero().squeeze(1))
         self._note_missing_classes()
         if stage == "fit" and self.batch_size > len(self.train_index):
             self.notes.append(
@@ -145,16 +150,28 @@ class ImageDataModule(LightningDataModule, ABC):
             raise UserError(f"val_size {self.val_size} doesn't fit the {total} training images of {self.dataset}")
         return stratified_sample(self.train_set.labels, round(size), self.split_seed).sort().values
 
+    def _choose_training(self, index: Tensor) -> Tensor:
+        """Return those of the canonical indices of a split that are trained on, in ascending order."""
+        if self.train_size is None:
+            return index
+        size = self.train_size * len(index) if self.train_size < 1 else self.train_size
+        if not 1 <= size <= len(index):
+            raise UserError(
+                f"train_size {self.train_size} doesn't fit the {len(index)} images of {self.dataset} that are not for"
+                " validation"
+            )
+        return index[stratified_sample(self.train_set.labels[index], round(size), self.split_seed).sort().values]
+
     def _note_missing_classes(self) -> None:
         counts = self.train_set.labels[self.train_index].bincount(minlength=self.num_classes)
         missing = [self.train_set.class_names[label] for label in (counts == 0).nonzero().flatten().tolist()]
         if missing:
             first = missing[0].encode("utf-8", "backslashreplace").decode()
             others = f" and of {len(missing) - 1} other classes" if len(missing) > 1 else ""
-            self.notes.append(
-                f"all images of class {first}{others} are kept for validation, none is trained on: add images, or give"
-                " a smaller data.val_size"
-            )
+            why, remedy = "all images of class {} are kept for validation, none is trained on", "smaller data.val_size"
+            if self.train_size is not None:
+                why, remedy = "no image of class {} is trained on", "larger data.train_size"
+            self.notes.append(f"{why.format(first + others)}: add images, or give a {remedy}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
