@@ -71,7 +71,7 @@ def _shown(dataset: str, table: Table) -> RichTable:
     """Return the first columns of a table for the terminal: the report has the whole one."""
     shown = RichTable(title=f"\n{dataset}: what to ship", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for column, title in enumerate(table.header[:3]):
-        shown.add_column(title, justify="left" if column == 1 else "right", no_wrap=True)
+        shown.add_column(title, justify="left" if column == 1 else "right", no_wrap=column != 1)
     for row in table.rows:
         shown.add_row(*(Text(entry.text) for entry in row[:3]))
     return shown

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from textwrap import fill
 from typing import Any
 
 from matplotlib import rc_context
@@ -20,6 +21,7 @@ from kdq_lightning.report.rows import Cell, Row, by_method, trained_label
 from kdq_lightning.runs.records import FLOAT_BITS, MEASURES
 from kdq_lightning.strategies import Appearance
 
+LABEL_WIDTH = 28  # characters of a line in a legend, and in the title of a panel
 LEAST_POINTS = 2.0  # that an axis of accuracy shows, so that a few images are no cliff
 
 
@@ -106,7 +108,7 @@ def plot_methods(findings: Findings, ylabel: str) -> Figure | None:
     lines = math.ceil(len(titles) / columns)
     figure = Figure(figsize=(2.4 * columns + 0.6, 2.3 * lines + 0.6), layout="constrained")
     networks = {True: NETWORKS[0], False: NETWORKS[1]}
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
     for title, axes in zip(titles, panels, strict=False):
         own = [row for rows in methods.values() for row in rows if trained_label(row) == title]
         for row, line in zip(own, ("-", ":", "-.", "--"), strict=False):
@@ -123,12 +125,14 @@ def plot_methods(findings: Findings, ylabel: str) -> Figure | None:
                 markersize=5,
                 **look,
             )
-        axes.set_title(title, fontsize=9)
+        axes.set_title(fill(title, LABEL_WIDTH, break_long_words=False), fontsize=9)
         _frame(axes, "", LEAST_POINTS)
         axes.set_xlabel("")
         axes.legend(fontsize=7, frameon=False, loc="lower right")
-    for axes in list(panels)[len(titles) :]:
+    for axes in panels[len(titles) :]:
         axes.set_visible(False)
+    for axes in panels[len(titles) - columns : len(titles)]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
     figure.supxlabel("bits a weight", fontsize=10)
     figure.supylabel(ylabel, fontsize=10)
     return figure
@@ -271,5 +275,7 @@ def _styles(curves: Sequence[Curve]) -> list[dict[str, Any]]:
 
 
 def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    curves, labels = axes.get_legend_handles_labels()
+    if curves:
+        labels = [fill(label, LABEL_WIDTH, break_long_words=False) for label in labels]
+        axes.legend(curves, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.methods import DEFAULT_METHOD
+from kdq_lightning.report.labels import with_different_labels
 from kdq_lightning.report.rows import Cell, Measurement, Row, method_order
 from kdq_lightning.runs.records import CORRECT, MEASURES, RECORDS, Record, find_records, identity, read_correct
 from kdq_lightning.runs.versions import version_number
@@ -191,18 +192,4 @@ def _rows(groups: list[list[Measurement]], shown: Mapping[str, Appearance]) -> l
         run, settings = row.first_record.run, row.first_record.config_hash
         return order.index(row.strategy), row.network, run, settings, row.seeds, method_order(row.method)
 
-    return _with_different_labels(sorted(rows, key=place))
-
-
-def _with_different_labels(rows: Sequence[Row]) -> list[Row]:
-    """Add what makes labels different: the method, the run's name, and where that isn't enough, the settings' hash."""
-    labels = [row.label if row.method == DEFAULT_METHOD else f"{row.label}, {row.method}" for row in rows]
-    for details in ([row.first_record.run for row in rows], [row.first_record.config_hash for row in rows]):
-        repeated = {label for label in labels if labels.count(label) > 1}
-        labels = [
-            f"{label} {detail}" if label in repeated else label for label, detail in zip(labels, details, strict=True)
-        ]
-    return [
-        replace(row, label=f"{label}, partial" if row.is_partial else label)
-        for row, label in zip(rows, labels, strict=True)
-    ]
+    return with_different_labels(sorted(rows, key=place))

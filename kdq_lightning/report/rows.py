@@ -143,9 +143,14 @@ class Row:
     is_teachers: bool
 
     @property
+    def first_measurement(self) -> Measurement:
+        """That of its smallest bit width, seed and peer, whose folder has the settings."""
+        return next(iter(self.cells.values())).measurements[0]
+
+    @property
     def first_record(self) -> Record:
-        """The record of its smallest bit width, seed and peer, which names the run and the settings."""
-        return next(iter(self.cells.values())).measurements[0].record
+        """The record of its smallest bit width, seed and peer, which names the run."""
+        return self.first_measurement.record
 
     @cached_property
     def seeds(self) -> list[int]:

@@ -5,7 +5,7 @@ Equal hash means equal settings, except the seed and what has no effect on a res
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,46 @@ def config_hash(config: Mapping[str, Any], weights: str | None = None) -> str:
         weights: What stands for the trained weights instead of their path, for `kdq quantize`: the hash of the run that
             trained them, or a digest of their file.
     """
+    what = _what_counts(config)
+    if weights is not None:
+        what["model"]["init_args"]["weights"] = weights
+    return hashlib.blake2b(json.dumps(what, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+
+
+def _what_counts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a configuration that can change a result, by section, with paths as `config_hash` says."""
     root = Path(config["trainer"].get("default_root_dir") or ".").absolute()
     what = {section: _with_effect(section, config.get(section) or {}) for section in WITHOUT_EFFECT}
     what |= {section: _with_effect(section, config[section]) for section in WHERE_GIVEN if config.get(section)}
     images = (config.get("data") or {}).get("init_args") or {}
     if "dataset" not in images and images.get("root") is not None:
         what["data"]["root"] = Path(images["root"]).resolve().name
-    arguments = what["model"].get("init_args", {})
+    arguments = what["model"].setdefault("init_args", {})
     for key in ("teacher", "packed", "weights"):
         if isinstance(arguments.get(key), str) and Path(arguments[key]).absolute().is_relative_to(root):
             arguments[key] = Path(arguments[key]).absolute().relative_to(root).as_posix()
-    if weights is not None:
-        arguments["weights"] = weights
-    return hashlib.blake2b(json.dumps(what, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+    return what
+
+
+def settings_of(version: Path) -> dict[str, Any]:
+    """Return the settings in a version's `config.yaml` that can change a result; none if it can't be read.
+
+    Returns:
+        Each value by its place in the file, such as `model.init_args.temperature`.
+    """
+    try:
+        what = _what_counts(yaml.safe_load((version / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return {}
+    return dict(_leaves(what))
+
+
+def _leaves(options: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{place}{key}.")
+        else:
+            yield f"{place}{key}", value
 
 
 def version_hash(version: Path) -> str | None:
