@@ -372,6 +372,11 @@ def test_the_overview_needs_no_torch():
         (["--max_epochs=4"], "did you mean --trainer.max_epochs?"),
         (["--model.learning_rte=4"], "did you mean learning_rate?"),
         (["--unheard_of=4"], "unrecognized arguments: --unheard_of=4 (options: kdq fit --help)"),
+        (
+            ["--model=no_file.MyKD"],
+            "kdq: Parser key \"model\": Problem with given class_path 'no_file.MyKD': No module named 'no_file': run",
+        ),
+        (["--model=Nothing"], 'kdq: Parser key "model": Expected a dot import path string: Nothing; known: Classifier'),
     ],
 )
 def test_what_may_be_meant(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]):

@@ -23,6 +23,9 @@ _MARKUP = (
 )
 """Markup of docstrings that the help would show as it stands: patterns and what replaces them."""
 
+_NO_CONFIG = r"Expected a path but \S+ either not accessible or invalid (?=\S)"
+"""What jsonargparse says first of a class path, as a file may stand in its place; what is wrong with it follows."""
+
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
 
 
@@ -132,7 +135,8 @@ def _list_hint(sentence: str) -> str:
 def one_sentence(message: str) -> str:
     """Return a message of jsonargparse in one line, without the lines that say nothing to a user."""
     lines = [line.strip(" -") for line in message.splitlines()]
-    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(_NOISE)))
+    sentence = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(_NOISE)))
+    return re.sub(_NO_CONFIG, "", sentence)
 
 
 def check_class_given(settings: Namespace, name: str, later: Collection[str] = ()) -> None:

@@ -51,7 +51,9 @@ class Parser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser."""
 
     def hint(self, sentence: str) -> str:
-        """Name the classes there are where one is unknown."""
+        """Name the classes there are where one is unknown, or say where a file with one is looked for."""
+        if "Problem with given class_path" in sentence and "No module named" in sentence:
+            return ": run the command in the folder that holds the file, or install it"
         for key, classes in (("model", STRATEGY_CLASSES), ("data", SOURCES)):
             if f'key "{key}"' in sentence and "Expected a dot import path" in sentence:
                 return f"; known: {', '.join(known.__name__ for known in classes)}"
