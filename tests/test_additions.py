@@ -103,7 +103,7 @@ def test_a_strategy_a_data_set_and_a_network(grey: Path, capsys: pytest.CaptureF
     records = read_records(Path("runs/student/version_0"))
     assert {(row.strategy, row.dataset, row.network) for row in records} == {("squares", "grey", "grey")}
     assert {(row.method, row.bits) for row in records} >= {("default", 4), ("", 32)}
-    assert records[0].agreement_teacher is not None and "train/loss" in capsys.readouterr().out
+    assert records[0].agreement_teacher is not None and "epoch 3/3  train " in capsys.readouterr().out
     packed = next(Path("runs/student/version_0/packed").iterdir())
     assert load_trained(packed)["grey"].statistics == ((0.5,), (0.25,))
     assert main(["test", "--model=Classifier", *QUICK, f"--ckpt_path={packed}"]) == 0
