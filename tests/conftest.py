@@ -101,15 +101,9 @@ def real_images():
 
 # A worker of pytest-xdist gets whole files, in this order. torch refuses to fork a process whose autograd has threads,
 # and exporting to ONNX starts them: who forks is first. The longest files follow, so that all workers end together.
-FORKS = (
-    "test_distributed.py",
-    "test_budgets.py",
-    "test_any_project.py",
-    "test_mixed.py",
-    "test_quantize.py",
-    "test_muon.py",
-)
-LONG = ("test_post_training.py", "test_study.py", "test_cli.py", "test_onnx_export.py", "test_zoo.py")
+FORKS = ("test_distributed.py", "test_budgets.py", "test_any_project.py", "test_mixed.py", "test_quantize.py")
+FORKS += ("test_muon.py", "test_header.py", "test_post_training.py", "test_cli.py")
+LONG = ("test_study.py", "test_onnx_export.py", "test_zoo.py", "test_any_network.py")
 FIRST = (*FORKS, *LONG)
 
 

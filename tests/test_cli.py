@@ -19,6 +19,7 @@ from kdq_lightning.commands.help_pages import PAGES
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from tests.conftest import CONFIGS, FEW_STEPS, config
+from tests.processes import run_in_fork
 
 STRATEGIES = ["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml"]
 
@@ -46,6 +47,9 @@ class PoisonSecondEpoch(Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == 1:
             pl_module.network.conv1.weight.data[0] = float("nan")
+
+
+FLOAT = "--quantization.enabled=false"  # where weights alone matter
 
 
 def fit(name: str, images: Path, *arguments: str) -> int:
@@ -96,6 +100,7 @@ def test_every_config_is_there():
 def test_quickstart_then_test_and_predict(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Digits without a download; the best checkpoint beats chance by far after two epochs, and predicts every image."""
     quick = ["--config", config("quickstart"), "--trainer.enable_progress_bar=false", "--quantization.bits=[4]"]
+    quick += ["--quantization.methods=[default]"]
     assert main(["fit", *quick, "--trainer.max_epochs=3"]) == 0
     assert main(["test", *quick, "--ckpt_path", "runs/quickstart"]) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if "test/top1 " in line]
@@ -114,7 +119,7 @@ def test_student_outlives_its_teacher(images: Path, teacher_run: Path, workspace
     """A student tests, and goes on from its weights, when the teacher's file is gone."""
     shutil.copytree(teacher_run, "runs/teacher_cpu")
     for strategy in ("vanilla", "hint"):
-        assert fit(f"{strategy}_cpu", images, "--model.init_args.network=resnet8") == 0
+        assert fit(f"{strategy}_cpu", images, "--model.init_args.network=resnet8", FLOAT) == 0
     shutil.rmtree("runs/teacher_cpu")
     for strategy in ("vanilla", "hint"):
         arguments = [
@@ -125,7 +130,7 @@ def test_student_outlives_its_teacher(images: Path, teacher_run: Path, workspace
         ]
         assert main(["test", *arguments, *FEW_STEPS, "--ckpt_path", f"runs/{strategy}_cpu"]) == 0
     best = "runs/vanilla_cpu/version_0/checkpoints/best.ckpt"
-    arguments = ["--model.init_args.network=resnet8", f"--model.init_args.weights={best}", "--name=again"]
+    arguments = ["--model.init_args.network=resnet8", f"--model.init_args.weights={best}", "--name=again", FLOAT]
     assert fit("control_cpu", images, *arguments) == 0
 
 
@@ -138,7 +143,7 @@ def test_resume_goes_on_in_its_folder(
     The second epoch has larger images, and the teacher's answers are those that the unbroken run has kept.
     """
     name, version = f"{strategy}_cpu", Path("runs", f"{strategy}_cpu", "version_0")
-    options = ["--model.init_args.network=resnet8", "--data.image_sizes=[16,32]", "--quantization.enabled=false"]
+    options = ["--model.init_args.network=resnet8", "--data.image_sizes=[16,32]", FLOAT]
     if strategy == "vanilla":
         options += [f"--model.init_args.teacher={teacher_run}", "--model.init_args.teacher_cache=answers"]
     assert fit(name, images, *options) == 0
@@ -161,7 +166,7 @@ def test_resume_goes_on_in_its_folder(
 def test_a_run_that_was_moved_keeps_its_best(images: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch):
     """Gone on with in another place, its later epochs don't replace a better one."""
     small, checkpoints = "--model.init_args.network=resnet8", Path("runs/control_cpu/version_0/checkpoints")
-    assert fit("control_cpu", images, small, "--trainer.callbacks+=tests.test_cli.StopAfterFirstEpoch") == 1
+    assert fit("control_cpu", images, small, FLOAT, "--trainer.callbacks+=tests.test_cli.StopAfterFirstEpoch") == 1
     content = torch.load(checkpoints / "last.ckpt", weights_only=True)
     (key,) = [key for key, state in content["callbacks"].items() if state.get("monitor") == "val/top1"]
     unbeatable = torch.tensor(101.0)
@@ -176,7 +181,7 @@ def test_a_run_that_was_moved_keeps_its_best(images: Path, workspace: Path, monk
     Path("elsewhere").mkdir()
     shutil.move("runs", "elsewhere/runs")
     monkeypatch.chdir("elsewhere")
-    assert fit("control_cpu", images, small, "--ckpt_path=last") == 0
+    assert fit("control_cpu", images, small, FLOAT, "--ckpt_path=last") == 0
     assert (checkpoints / "best.ckpt").read_bytes() == best
     state = torch.load(checkpoints / "last.ckpt", weights_only=True)["callbacks"][key]
     assert state["best_model_path"] == str(checkpoints.resolve() / "best.ckpt")
@@ -466,24 +471,30 @@ def build(num_classes):
 """
 
 
-def test_classes_of_the_users_own_file(workspace: Path, monkeypatch: pytest.MonkeyPatch):
+def test_classes_of_the_users_own_file(workspace: Path):
     """Strategy, data, optimizer, callback and network, typed or in a config, by the command as it is installed.
 
-    Its own folder is the first of `sys.path`, not the working folder as with `python -m`.
+    The working folder is not on `sys.path`, as it is with `python -m`; a fork leaves no module behind.
     """
-    monkeypatch.setenv("PYTHONPATH", str(CONFIGS.parent))
-    kdq = [sys.executable, "-P", "-c", "import sys; from kdq_lightning.cli import main; sys.exit(main())"]
+    assert not {"", str(workspace)} & set(sys.path)
+
+    def kdq(*arguments: str) -> None:
+        def run() -> int:
+            with Path("printed").open("w") as sys.stdout:
+                return main(list(arguments))
+
+        assert run_in_fork(run) == 0, Path("printed").read_text()
+
     Path("my_file.py").write_text(OWN_FILE)
     few = [*("--data=my_file.MyData", "--data.batch_size=64", "--trainer.accelerator=cpu", "--trainer.max_epochs=1")]
     few += ["--trainer.enable_progress_bar=false", "--trainer.limit_train_batches=1", "--quantization.enabled=false"]
-    teacher = ["fit", "--model=Classifier", "--model.network=my_file.build", *few, "--name=teacher"]
-    subprocess.run([*kdq, *teacher], check=True)
+    kdq("fit", "--model=Classifier", "--model.network=my_file.build", *few, "--name=teacher")
     own = ["--model=my_file.MyKD", "--model.network=resnet8", "--model.teacher=runs/teacher"]
     own += ["--model.teacher_network=my_file.build", "--optimizer=my_file.MyOptimizer", "--optimizer.lr=0.01"]
     own += ["--trainer.callbacks=my_file.MyCallback", *few, "--name=own"]
-    subprocess.run([*kdq, "fit", *own], check=True)
-    again = [*kdq, "fit", "--config", "runs/own/version_0/config.yaml"]
-    printed = subprocess.run(again, check=True, capture_output=True, text=True).stdout
+    kdq("fit", *own)
+    kdq("fit", "--config", "runs/own/version_0/config.yaml")
+    printed = Path("printed").read_text()
     assert "called back" in printed and "my_file.MyOptimizer(lr=0.01)" in printed
     config = yaml.safe_load(Path("runs/own/version_1/config.yaml").read_text())
     assert (config["model"]["class_path"], config["data"]["class_path"]) == ("my_file.MyKD", "my_file.MyData")

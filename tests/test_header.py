@@ -5,7 +5,6 @@ import pty
 import re
 import shlex
 import struct
-import subprocess
 import sys
 import termios
 from contextlib import suppress
@@ -17,6 +16,7 @@ import pytest
 from kdq_lightning.cli import main
 from kdq_lightning.modules.training_epoch import epoch_line
 from kdq_lightning.runs.checkpoints import load_trained
+from tests.processes import start_in_fork, wait_for
 
 QUICK = ["--data=DigitsDataModule", "--data.batch_size=64", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
 QUICK += ["--trainer.enable_progress_bar=false", "--trainer.limit_train_batches=1", "--trainer.precision=32-true"]
@@ -107,21 +107,27 @@ def test_the_last_lines(workspace: Path, capsys: pytest.CaptureFixture[str]):
     assert main(shlex.split(lines[-1])[2:]) == 0
 
 
-def test_a_terminal(workspace: Path):
+def test_a_terminal(workspace: Path, monkeypatch: pytest.MonkeyPatch):
     """The bar counts epochs as their lines do, has no version number, and is gone in the end; nothing is wrapped."""
     screen, terminal = pty.openpty()
     ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 80, 0, 0))
     fit = ["--model=Classifier", "--model.network=resnet8", *QUICK, "--trainer.max_epochs=2"]
     fit.remove("--trainer.enable_progress_bar=false")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "TERM": "xterm"}
-    command = [sys.executable, "-m", "kdq_lightning.cli", "fit", *fit, "--trainer.limit_train_batches=20"]
-    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment)
+    monkeypatch.setenv("TERM", "xterm")
+
+    def run() -> int:
+        os.dup2(terminal, 1)
+        os.dup2(terminal, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+        return main(["fit", *fit, "--trainer.limit_train_batches=20"])
+
+    process = start_in_fork(run)
     os.close(terminal)
     shown = b""
     with suppress(OSError):  # the end of a terminal
         while chunk := os.read(screen, 1 << 16):
             shown += chunk
-    assert process.wait() == 0
+    assert wait_for(process) == 0
     texts = re.split(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]+", shown.decode())
     assert {"epoch 1/2", "epoch 2/2"} <= {text.strip() for text in texts}
     assert not any("v_num" in text or "Epoch" in text for text in texts)
