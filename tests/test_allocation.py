@@ -34,7 +34,7 @@ def test_the_best_of_all_choices(seed):
         assert total(errors, chosen) == pytest.approx(best, rel=1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(LAYERS, st.integers(0, 10**7), st.integers(1, 300))
 def test_never_above_the_budget(layers, extra, buckets):
     """Whatever the buckets round; and no single upgrade that fits lowers the error."""

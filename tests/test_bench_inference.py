@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from kdq_lightning.bench import inference
 from kdq_lightning.bench.measure import Timing
@@ -20,9 +21,11 @@ COMMAND = ["bench", "evaluation", "--network=resnet8"]
 
 @pytest.fixture
 def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing but torch be there, and let no process load files."""
     for name in ("onnx", "onnxscript", "onnxruntime", "torchao", "torchao.quantization"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(inference, "measure_loading", lambda engine, network: inference.Loading(0.5, 12.0))
 
 
 def test_onnxruntime_computes_the_network_in_float32_and_in_int8(caplog, capfd: pytest.CaptureFixture[str]):
@@ -30,21 +33,46 @@ def test_onnxruntime_computes_the_network_in_float32_and_in_int8(caplog, capfd: 
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    network = build_network("resnet8", 10).eval()
+    convolutions = nn.Conv2d(3, 32, 3, stride=2), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2), nn.ReLU()
+    convolutions += nn.Conv2d(64, 64, 3), nn.ReLU()
+    network = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
     expected = network(IMAGES).detach()
     low_bit = quantize(network, [IMAGES], (2,), solver="rounding", progress=lambda *_: None)
     exact, planes, qdq, int8 = inference._onnx_engines(network, low_bit)
     for engine in (planes, qdq):
         torch.testing.assert_close(engine.evaluate(IMAGES), low_bit[2].model(IMAGES).detach(), rtol=1e-4, atol=1e-4)
         assert engine.file_bytes < 0.15 * exact.file_bytes
-        loading = inference.measure_loading(engine, "resnet8")
-        assert 0 < loading.seconds < 60 and (loading.resident_mb is None or 0 < loading.resident_mb < 500)
+    loading = inference.measure_loading(qdq, "")
+    assert 0 < loading.seconds < 60 and (loading.resident_mb is None or 0 < loading.resident_mb < 500)
     torch.testing.assert_close(exact.evaluate(IMAGES), expected, rtol=1e-4, atol=1e-4)
     error = float((int8.evaluate(IMAGES) - expected).norm() / expected.norm())
     assert 1e-3 < error < 0.3
     assert 0.2 < int8.file_bytes / exact.file_bytes < 0.5
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert not warnings and capfd.readouterr() == ("", "")
+
+
+def test_a_process_loads_what_torch_packed():
+    """Its packed file, by the time and memory that it takes."""
+    torch.manual_seed(0)
+    network = build_network("resnet8", 10).eval()
+    low_bit = quantize(network, [IMAGES], (2,), solver="rounding", progress=lambda *_: None)
+    packed = inference._packed_engine(low_bit[2], "resnet8", 2)
+    loading = inference.measure_loading(packed, "resnet8")
+    assert 0 < loading.seconds < 60 and (loading.resident_mb is None or 0 < loading.resident_mb < 500)
+
+
+@pytest.mark.parametrize("engine", [0, 1])
+def test_the_program_that_loads(engine: int, nothing_installed: None, tmp_path: Path):
+    """Gives the network of the file, float or packed."""
+    torch.manual_seed(0)
+    engines, _ = inference.gather_engines("resnet8", [2])
+    program: dict = {}
+    exec(inference.LOADERS["torch"], program)
+    path = tmp_path / "network.safetensors"
+    path.write_bytes(engines[engine].content)
+    with torch.no_grad():
+        torch.testing.assert_close(program["load"](str(path), "resnet8")(IMAGES), engines[engine].evaluate(IMAGES))
 
 
 def test_torch_computes_the_network_and_its_rounded_copy(nothing_installed: None):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from kdq_lightning.bench import mixed
 from kdq_lightning.data.datamodules import CIFARDataModule
 from kdq_lightning.networks import build_network
+from kdq_lightning.quantization import quantize
 
 
 def test_choices_and_their_bytes():
@@ -46,24 +47,30 @@ def test_choices_and_their_bytes():
 
 
 def test_the_command(images: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch):
-    """Figures are written after each draw, with every accuracy of every choice."""
+    """Figures are written after each draw, with every accuracy and size of what is chosen."""
     torch.manual_seed(0)
     save_file(build_network("resnet8", 10).state_dict(), "weights.safetensors")
+    asked = []
+
+    def choose(model, calibration, bits, random_choices, seed):
+        asked.append((tuple(calibration.shape), bits, random_choices, seed))
+        found = quantize(model, [calibration], (2, 3), solver="rounding", refine=0)
+        return [("uniform", "2 bits", found[2]), ("random", "2 bits", found[3]), ("random", "2 bits", found[2])]
+
+    monkeypatch.setattr(mixed, "quantized_networks", choose)
     parser = ArgumentParser()
     mixed.add_arguments(parser)
     parser.add_argument("--json", type=Path)
     monkeypatch.setattr(mixed, "CIFARDataModule", partial(CIFARDataModule, val_size=0.2))
     options = ["--weights=weights.safetensors", "--network=resnet8"]
     options += ["--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]
-    options += [f"--root={images}", "--bits=[2]", "--images=16", "--draws=2", "--random=1", "--json=figures.json"]
+    options += [f"--root={images}", "--bits=[2]", "--images=16", "--draws=2", "--random=2", "--json=figures.json"]
     figures = mixed.run(parser.parse_args(options))
     assert json.loads(Path("figures.json").read_text()) == figures
+    assert asked == [((16, 3, 32, 32), [2], 2, seed) for seed in (0, 1)]
     assert figures["draws"] == 2 and figures["test_images"] == 30
-    assert [(row["method"], len(row["top1"])) for row in figures["choices"]] == [
-        ("float", 1),
-        ("uniform", 2),
-        ("first and last at 8 bits", 2),
-        ("mixed", 2),
-        ("mixed", 2),
-        ("random", 2),
+    assert [(row["method"], len(row["top1"]), len(row["file_bytes"])) for row in figures["choices"]] == [
+        ("float", 1, 1),
+        ("uniform", 2, 2),
+        ("random", 4, 4),
     ]

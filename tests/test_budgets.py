@@ -98,6 +98,7 @@ def test_the_report_ships_a_mixed_file(run: Path, capsys: pytest.CaptureFixture[
     assert "--max_bytes is a size such as 50000, 100kB or 1.5MB, got '50 kilos'" in capsys.readouterr().err
 
 
+@pytest.mark.slow(seconds=5)
 def test_a_further_budget_repeats_nothing(run: Path):
     """A budget is a record of its own, as a bit width is: it doesn't change the hash of the settings."""
     before = {path: path.stat().st_mtime_ns for path in (run / "packed").iterdir()}

@@ -1,6 +1,7 @@
 """`kdq export`: files that other tools read, with the packed network's own outputs, and what is refused."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -68,15 +69,21 @@ def test_a_run_folder_exports_its_best_checkpoint(teacher_run: Path, workspace: 
     assert all(torch.equal(value, trained[name]) for name, value in load_file("plain.safetensors").items())
 
 
-def test_onnx_computes_what_torch_does(quantized: Quantized, packed: str):
+@pytest.mark.parametrize("is_alone", [False, pytest.param(True, marks=pytest.mark.slow(seconds=10))])
+def test_onnx_computes_what_torch_does(is_alone: bool, quantized: Quantized, packed: str, capfd, caplog, recwarn):
     """Any batch and size of image; the file tells its statistics, not where it was made; the terminal stays clean."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    command = [sys.executable, "-m", "kdq_lightning.cli", "export", packed, "--to=onnx", "--out=net.onnx"]
-    root = str(Path(export.__file__).parents[2])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=True)
-    assert done.stderr == "" and done.stdout.count("\n") == 2
-    assert float(done.stdout.split("difference to torch ")[1].split(";")[0]) < 1e-4
+    command, root = ["export", packed, "--to=onnx", "--out=net.onnx"], str(Path(export.__file__).parents[2])
+    if is_alone:
+        program = [sys.executable, "-m", "kdq_lightning.cli", *command]
+        subprocess.run(program, env={**os.environ, "PYTHONPATH": root}, check=True)
+    else:
+        assert main(command) == 0
+    out, err = capfd.readouterr()
+    assert err == "" and out.count("\n") == 2
+    assert not recwarn.list and not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert float(out.split("difference to torch ")[1].split(";")[0]) < 1e-4
     assert root.encode() not in Path("net.onnx").read_bytes()
     session = onnxruntime.InferenceSession("net.onnx", providers=["CPUExecutionProvider"])
     for images in (IMAGES, torch.randn(1, 3, 32, 32)):

@@ -84,8 +84,7 @@ class Terminate(Callback):
             signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("batch", "steps"), [(2, 4), (3, 5), (6, 3)])
-def test_terminated_while_gradients_are_accumulated(batch: int, steps: int, workspace: Path):
+def test_terminated_while_gradients_are_accumulated(workspace: Path):
     """Stopped after the optimizer's step, as gradients are in no checkpoint: resumed, the unbroken run's weights.
 
     An epoch has 7 batches, so 3 steps of 3, 3 and 1; SIGTERM in its last one cuts off the validation, and with it the
@@ -95,15 +94,18 @@ def test_terminated_while_gradients_are_accumulated(batch: int, steps: int, work
     fit, last = [*FIT, *few, "--quantization.enabled=false"], "checkpoints/last.ckpt"
     assert main([*fit, "--name=unbroken"]) == 0
     unbroken = torch.load(Path("runs/unbroken/version_0", last), weights_only=True)
-    with pytest.raises(SystemExit) as stop:
-        main([*fit, f"--trainer.callbacks={{class_path: tests.test_faults.Terminate, init_args: {{batch: {batch}}}}}"])
-    assert stop.value.code == 143
-    stopped = torch.load(newest_version() / last, weights_only=True)
-    assert stopped["global_step"] == steps
-    assert main([*fit, "--ckpt_path=last"]) == 0
-    resumed = torch.load(newest_version() / last, weights_only=True)
-    assert resumed["global_step"] == unbroken["global_step"] == 6
-    assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in unbroken["state_dict"].items())
+    for batch, steps in ((2, 4), (3, 5), (6, 3)):
+        name = f"--name=stopped{batch}"
+        terminate = f"{{class_path: tests.test_faults.Terminate, init_args: {{batch: {batch}}}}}"
+        with pytest.raises(SystemExit) as stop:
+            main([*fit, name, f"--trainer.callbacks={terminate}"])
+        assert stop.value.code == 143
+        stopped = torch.load(Path(f"runs/stopped{batch}/version_0", last), weights_only=True)
+        assert stopped["global_step"] == steps
+        assert main([*fit, name, "--ckpt_path=last"]) == 0
+        resumed = torch.load(Path(f"runs/stopped{batch}/version_0", last), weights_only=True)
+        assert resumed["global_step"] == unbroken["global_step"] == 6
+        assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in unbroken["state_dict"].items())
 
 
 class PressCtrlC(Callback):

@@ -135,7 +135,10 @@ def test_a_wrong_weight_is_not_written(kind: str):
         check_onnx(content, network, weights, SHAPE, weight_tolerance=1e-6)
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(2, "planes"), (3, "planes"), (4, "planes"), (8, "planes"), (2, "qdq")])
+SMALL = [(2, "qdq"), (3, "planes"), *(pytest.param(b, "planes", marks=pytest.mark.slow(seconds=4)) for b in (2, 4, 8))]
+
+
+@pytest.mark.parametrize(("bits", "kind"), SMALL)
 def test_a_packed_file_stays_small(bits: int, kind: str, workspace: Path, capsys: pytest.CaptureFixture[str]):
     """With 2^b levels at most 3 % and 1 kB a layer above the packed file; moment matching has added biases.
 

@@ -1,6 +1,7 @@
 """`--optimizer` and `--lr_scheduler`, precisions, seeds and paths: options beside the module's own."""
 
 import os
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -118,9 +119,18 @@ def test_parameters_without_gradient_are_left_out():
 # Precision, seed, home folder
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
-@pytest.mark.parametrize("model", ["Classifier", "HintKD", "MutualLearning"])
-def test_precisions_without_a_float32_copy(precision: str, model: str, workspace: Path, capsys):
+MODELS, PRECISIONS = ("Classifier", "HintKD", "MutualLearning"), ("bf16-true", "16-true", "64-true")
+FAST = {*((model, "bf16-true") for model in MODELS), *(("Classifier", precision) for precision in PRECISIONS)}
+
+
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [
+        pytest.param(*both, marks=[] if both in FAST else pytest.mark.slow(seconds=5))
+        for both in product(MODELS, PRECISIONS)
+    ],
+)
+def test_precisions_without_a_float32_copy(model: str, precision: str, workspace: Path, capsys):
     """Trained, validated, quantized in float32, tested with the config that was written."""
     if model == "HintKD":
         assert main(["fit", *CONTROL, "--model.strategy=teacher", NO_BITS, "--name=teacher"]) == 0
@@ -128,6 +138,7 @@ def test_precisions_without_a_float32_copy(precision: str, model: str, workspace
     options = [f"--model={model}", *networks, *DIGITS[1:], f"--trainer.precision={precision}", "--name=run"]
     options += ["--model.teacher=runs/teacher"] if model == "HintKD" else []
     options += ["--quantization.bits=[4]", "--quantization.calibration_images=64", "--model.learning_rate=0.05"]
+    options += ["--quantization.methods=[default]"]
     assert main(["fit", *options]) == 0, capsys.readouterr().err
     first = next(iter(load_trained("runs/run").values()))
     wanted = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}[precision]
@@ -142,6 +153,7 @@ def test_precisions_without_a_float32_copy(precision: str, model: str, workspace
 def test_a_run_without_a_seed(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """Is recorded as one without, also after a seeded one in the same process, and goes on as one without."""
     quick = [*CONTROL, "--quantization.bits=[4]", "--quantization.calibration_images=64"]
+    quick += ["--quantization.methods=[default]"]
     assert main(["fit", *quick, "--seed_everything=3", "--name=seeded"]) == 0
     for name in ("unseeded", "again"):
         assert main(["fit", *quick, "--seed_everything=false", f"--name={name}"]) == 0

@@ -88,7 +88,7 @@ def test_projection_of_the_published_study():
     assert f"none of its {cells} cells is beaten" in text
 
 
-def test_report_of_the_study(tmp_path: Path):
+def test_report_of_the_study(tmp_path: Path, without_pictures: None):
     """The committed report is what the records give today, and the README quotes it."""
     assert main(["report", str(RESULTS / "cpu_cifar10"), "--out", str(tmp_path)]) == 0
     report = RESULTS / "cpu_cifar10" / "report"

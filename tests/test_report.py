@@ -39,6 +39,7 @@ from kdq_lightning.strategies import appearances
 from tests.records import ACCURACIES, WIDTHS, draw_correct, write_run, write_study
 
 STRATEGIES = list(ACCURACIES)
+pytestmark = pytest.mark.usefixtures("without_pictures")  # those of `report` are drawn, as it is made before
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,7 @@ def _findings(folder: Path, dataset: str = "cifar10") -> Findings:
     return find(read_rows([folder])[0][dataset])
 
 
+@pytest.mark.pictures
 def test_equal_records_give_equal_reports(study: Path, report: Path, tmp_path: Path):
     """To the byte, whatever the time they took."""
     copy = tmp_path / "runs"

@@ -20,6 +20,7 @@ from kdq_lightning.networks import build_network
 from kdq_lightning.runs.records import write_records
 from kdq_lightning.study import execution
 from kdq_lightning.study.command import still_to_run
+from kdq_lightning.study.cost import CostMeter
 from kdq_lightning.study.done import find_done
 from kdq_lightning.study.plan import read_study
 from kdq_lightning.study.progress import Progress, Stage, accuracies, format_seconds, read_stage
@@ -81,7 +82,7 @@ def test_public_weights(workspace: Path, capsys: pytest.CaptureFixture[str]):
     assert model["weights"] == "public.safetensors" and model["weights_std"] == (0.2, 0.2, 0.2)
 
 
-def test_public_weights_of_a_network_with_arguments(workspace: Path):
+def test_public_weights_of_a_network_with_arguments(workspace: Path, monkeypatch: pytest.MonkeyPatch):
     """The run and who learns from it build the network with them; the student's own arguments stay."""
     name, args = "torchvision/mobilenet_v3_small", {"width_mult": 0.5, "dropout": 0.1}
     torch.save({"state_dict": build_network(name, 10, args).state_dict()}, "public.pth")
@@ -102,6 +103,7 @@ def test_public_weights_of_a_network_with_arguments(workspace: Path):
     assert main(["study", str(path)]) == 0, [log.read_text() for log in Path("runs").rglob("*.log")]
     assert main(["study", str(path), "--dry_run"]) == 0
     Path("runs/tiny").rename("other")
+    monkeypatch.setattr(CostMeter, "quantization_seconds", lambda *_: 3.0)
     assert main(["study", str(path), "--budget_minutes=60", "--dry_run"]) == 0
 
 
@@ -369,9 +371,12 @@ def test_the_accuracy_of_a_run(workspace: Path):
     assert accuracies(run) == []
 
 
+ONE_METHOD = {**TINY, "overrides": {**TINY["overrides"], "quantization.methods": ["default"]}}
+
+
 def test_a_whole_study(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Run, run again with nothing to do, cut off in three ways and resumed: the same report to the byte."""
-    path = write_study(TINY)
+    path = write_study(ONE_METHOD)
     assert main(["study", str(path), "--dry_run"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 and not Path("runs").exists()
     assert main(["study", str(path)]) == 0, [log.read_text() for log in Path("runs").rglob("*.log")]
@@ -394,7 +399,8 @@ def test_a_whole_study(workspace: Path, capsys: pytest.CaptureFixture[str]):
     assert {file.name: file.read_bytes() for file in Path("runs/tiny/report").iterdir()} == report
 
 
-def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(workspace: Path, capsys):
+@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow(seconds=25))])
+def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(is_whole: bool, workspace: Path, capsys):
     """Its students start anew, done or cut off, and what recovers their files; runs without a teacher stay done."""
 
     def left(path: Path) -> set[str]:
@@ -406,10 +412,13 @@ def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(workspace
         return max(folder.name for folder in Path("runs/tiny/seed3", name).glob("version_*"))
 
     small = TINY["runs"]["teacher"]["overrides"]
-    runs = {
-        **TINY["runs"],
+    more = {
         "dkd": {**TINY["runs"]["vanilla"], "config": "dkd_cpu.yaml"},
         "control": {"config": "control_cpu.yaml", "overrides": small},
+    }
+    runs = {
+        **TINY["runs"],
+        **(more if is_whole else {}),
         "recover": {
             "config": "recover_cpu.yaml",
             "overrides": {
@@ -419,26 +428,26 @@ def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(workspace
             },
         },
     }
-    first = write_study({**TINY, "runs": runs}).read_text()
+    learned = {"vanilla", "recover", *(["dkd"] if is_whole else [])}
+    first = write_study({**ONE_METHOD, "runs": runs}).read_text()
     assert main(["study", "tiny.yaml"]) == 0 and left(Path("tiny.yaml")) == set()
-    dkd = Path("runs/tiny/seed3/dkd/version_0")
-    (dkd / "finished").unlink()
-    (dkd / "quantized.csv").unlink()  # cut off
+    cut_off = "dkd" if is_whole else "vanilla"
+    for name in ("finished", "quantized.csv"):
+        Path("runs/tiny/seed3", cut_off, "version_0", name).unlink()
     longer = {**runs["teacher"], "overrides": {**small, "trainer.max_epochs": 2}}
-    path = write_study({**TINY, "runs": {**runs, "teacher": longer}})
-    assert left(path) == {"teacher", "dkd"}
+    path = write_study({**ONE_METHOD, "runs": {**runs, "teacher": longer}})
+    assert left(path) == {"teacher", cut_off}
     assert main(["study", str(path)]) == 0 and left(path) == set()
-    for name in ("teacher", "vanilla", "dkd", "recover"):
+    for name in ("teacher", *learned):
         assert newest(name) == "version_1", name
-    assert newest("control") == "version_0"
+    assert not is_whole or newest("control") == "version_0"
     path.write_text(first)  # the first teacher's records are there, its weights are not
     assert left(path) == {"teacher"}
     assert main(execution.arguments_of(read_study(path, Path("runs"))[0])) == 0  # and the study is killed
-    assert left(path) == {"vanilla", "dkd", "recover"} and newest("teacher") == "version_2"
+    assert left(path) == learned and newest("teacher") == "version_2"
 
 
-@pytest.mark.parametrize("teachers", ["same", "other"])
-def test_a_teacher_with_its_classes_in_another_order(teachers: str, workspace: Path, capsys):
+def test_a_teacher_with_its_classes_in_another_order(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """What it taught stays done, as long as its weights are the same, and is gone on with where it was cut off."""
     backwards = {
         "data": "tests.test_class_names.Backwards",
@@ -448,20 +457,22 @@ def test_a_teacher_with_its_classes_in_another_order(teachers: str, workspace: P
     }
     teacher, vanilla = TINY["runs"].values()
     vanilla = {**vanilla, "overrides": {**backwards, **vanilla["overrides"]}}
-    path = write_study(TINY | {"runs": {"teacher": teacher, "vanilla": vanilla}})
+    path = write_study(ONE_METHOD | {"runs": {"teacher": teacher, "vanilla": vanilla}})
     assert main(["study", str(path)]) == 0, [log.read_text() for log in Path("runs").rglob("*.log")]
     assert "in another order" in " ".join(Path("runs/tiny/seed3/vanilla.log").read_text().split())
-    if teachers == "other":
-        checkpoint = Path("runs/tiny/seed3/teacher/version_0/checkpoints/best.ckpt")
-        content = torch.load(checkpoint, weights_only=True)
-        content["state_dict"]["network.conv1.weight"] *= 2
-        torch.save(content, checkpoint)
-    capsys.readouterr()
-    assert main(["study", str(path), "--dry_run"]) == 0
-    assert ("--name vanilla" in capsys.readouterr().out) == (teachers == "other")
     student = read_study(path, Path("runs"))[1]
-    (student.folder / "version_0/finished").unlink()
-    assert ("--ckpt_path" in execution.arguments_of(student)) == (teachers == "same")
+    finished, checkpoint = student.folder / "version_0/finished", Path("runs/tiny/seed3/teacher/version_0/checkpoints")
+    for has_other_weights in (False, True):
+        if has_other_weights:
+            content = torch.load(checkpoint / "best.ckpt", weights_only=True)
+            content["state_dict"]["network.conv1.weight"] *= 2
+            torch.save(content, checkpoint / "best.ckpt")
+        capsys.readouterr()
+        assert main(["study", str(path), "--dry_run"]) == 0
+        assert ("--name vanilla" in capsys.readouterr().out) == has_other_weights
+        finished.unlink()
+        assert ("--ckpt_path" not in execution.arguments_of(student)) == has_other_weights
+        finished.touch()
 
 
 @pytest.mark.slow

@@ -226,6 +226,22 @@ def test_a_strategy_of_a_user_is_measured(workspace: Path, known_seconds: list[C
     assert plan["own"]["minutes"] == plan["vanilla"]["minutes"] > 0
 
 
+def test_a_network_of_torchvision_is_planned(workspace: Path, known_seconds: list[Classifier], capsys):
+    """With its arguments, as a student and as a teacher of others."""
+    own = {
+        "model.init_args.network": "torchvision/mobilenet_v3_small",
+        "model.init_args.network_args": {"dropout": 0.1},
+    }
+    teacher = {"config": "teacher_cpu.yaml", "overrides": own}
+    vanilla = {"config": "vanilla_cpu.yaml", "overrides": {**own, "model.init_args.teacher": "{teacher}"}}
+    path = write_study(TINY | {"runs": {"teacher": teacher, "vanilla": vanilla}})
+    assert main(["study", str(path), "--budget_minutes=60", "--dry_run"]) == 0
+    assert capsys.readouterr().out.count("--model.init_args.network=torchvision/mobilenet_v3_small") == 2
+    *_, student = known_seconds
+    (network,) = student.networks().values()
+    assert network.classifier[2].p == student.teacher.network.classifier[2].p == 0.1
+
+
 @pytest.mark.parametrize("strategy", ["teacher", "vanilla", "dkd", "mixup", "hint", "dml", "recover"])
 @pytest.mark.parametrize("is_cached", [False, True])
 def test_every_strategy_can_be_timed(strategy: str, is_cached: bool, workspace: Path):
@@ -266,7 +282,7 @@ def test_a_budget_is_measured(workspace: Path):
     assert 80 < planned["projected_minutes"] <= 95
 
 
-def test_a_budget_is_held(workspace: Path):
+def test_a_budget_is_held(workspace: Path, known_seconds: list[Classifier]):
     """A tiny study through `--budget_minutes`: the runs have the planned epochs."""
     small = {"trainer.max_epochs": 4, "trainer.limit_train_batches": 2, "data.init_args.batch_size": 64}
     plan = write_study({**TINY, "overrides": {**TINY["overrides"], **small}})
