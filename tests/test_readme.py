@@ -9,11 +9,13 @@ from statistics import mean
 import yaml
 
 from kdq_lightning.cli import main
+from kdq_lightning.commands.command_line import read_settings
 from kdq_lightning.quantization.codebooks import CODEBOOKS
 from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS, MIXED_METHOD
 from kdq_lightning.quantization.solvers import SOLVERS
 from kdq_lightning.report.published import TOP1
 from kdq_lightning.runs.records import FLOAT_BITS, find_records
+from kdq_lightning.study.plan import read_study
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -98,10 +100,28 @@ def test_report_of_the_study(tmp_path: Path, without_pictures: None):
     )
     for path in texts:
         assert path.read_text() == (tmp_path / path.name).read_text(), path.name
-    quoted = (ROOT / "README.md").read_text().split("<!-- study_cpu -->")[1].split("<!-- end -->")[0]
-    lines = [line for line in quoted.splitlines() if line]
-    assert len([line for line in lines if line.startswith("|")]) >= 4
-    assert set(lines) <= set((report / "report.md").read_text().splitlines())
+    assert len([line for line in quoted("study_cpu") if line.startswith("|")]) >= 4
+    assert set(quoted("study_cpu")) <= set((report / "report.md").read_text().splitlines())
+
+
+def quoted(study: str) -> list[str]:
+    """Return the lines of the README between the marks of a study."""
+    text = (ROOT / "README.md").read_text().split(f"<!-- {study} -->")[1].split("<!-- end -->")[0]
+    return [line for line in text.splitlines() if line]
+
+
+def test_report_of_the_quickstart(tmp_path: Path):
+    """The README quotes what the report says of the committed records, those of the study as it is shipped."""
+    folder = RESULTS / "quickstart_digits"
+    assert main(["report", str(folder), "--out", str(tmp_path)]) == 0
+    assert len(quoted("study_quickstart")) >= 4
+    assert set(quoted("study_quickstart")) <= set((tmp_path / "report.md").read_text().splitlines())
+    hashes = {(record.run, record.seed): record.config_hash for own in find_records(folder).values() for record in own}
+    runs = read_study(ROOT / "configs" / "study_quickstart.yaml", Path("runs"))
+    assert {(run.name, run.seed) for run in runs} == hashes.keys()
+    for run in runs:
+        if run.seed == 0:
+            assert read_settings(run.settings_arguments).config_hash == hashes[run.name, 0], run.name
 
 
 def test_bytes_of_the_files():
