@@ -78,7 +78,7 @@ METRICS = {
 def test_the_line_of_an_epoch():
     """At most 80 columns: the last numbers go first; mixup has no accuracy in training, a run may have no end."""
     train = "epoch 3/16  train 97.7 %, loss 0.429  val 98.6 %"
-    assert epoch_line(3, 16, METRICS) == f"{train}, agreement 88.1 %, loss 0.123"
+    assert epoch_line(3, 16, METRICS) == f"{train}, 88.1 % as teacher, loss 0.123"
     alone = {name: value for name, value in METRICS.items() if name != "val/agreement"}
     assert epoch_line(3, 16, alone) == f"{train}, loss 0.123  1,337 images/s"
     assert epoch_line(3, -1, {"train/loss": 123456.0}) == "epoch 3  train loss 1.23e+05"
@@ -99,6 +99,9 @@ def test_the_last_lines(workspace: Path, capsys: pytest.CaptureFixture[str]):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and not any("\x1b" in line for line in lines)
     folder = "'runs/a b-quantized'"
+    assert "kB: of the packed file; agreement: images with the float network's class" in [
+        line.strip() for line in lines
+    ]
     assert lines[-3:] == [
         f"results    {folder[1:-1]}/version_0",
         "curves     tensorboard --logdir runs",

@@ -70,7 +70,7 @@ def epoch_line(epoch: int, epochs: int | None, metrics: Mapping[str, float]) -> 
         ("train/top1", "  train {:.1f} %"),
         ("train/loss", ", loss {:.3g}" if "train/top1" in metrics else "  train loss {:.3g}"),
         ("val/top1", "  val {:.1f} %"),
-        ("val/agreement", ", agreement {:.1f} %"),
+        ("val/agreement", ", {:.1f} % as teacher"),
         ("val/loss", ", loss {:.3g}"),
         ("train/images_per_second", "  {:,.0f} images/s"),
     ):

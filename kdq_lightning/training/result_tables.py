@@ -15,6 +15,8 @@ from kdq_lightning.training.header import LABEL, relative_path
 NARROW = ("method", "bits", "levels", "kB", "val top-1", "test top-1", "agreement")  # fits into 80 characters
 COLUMNS = (*NARROW, "flips", "relative error", "recipe")
 
+CAPTION = "kB: of the packed file; agreement: images with the float network's class"
+
 
 def table_rows(records: Iterable[Record]) -> list[list[str]]:
     """Return the cells of `COLUMNS`, a row a record; empty where a number doesn't exist."""
@@ -62,7 +64,8 @@ def terminal_table(records: Sequence[Record]) -> Table:
     first = records[0]
     limited = ", on a part of the images" if first.partial else ""
     title = f"{first.run}: {first.strategy} on {first.dataset}, percent{limited}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(title=title, caption=CAPTION, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.title_justify = table.caption_justify = "left"
     table.add_column("network")
     for column in NARROW:
         table.add_column(column, justify="left" if column == "method" else "right")
