@@ -319,9 +319,20 @@ def test_whether_distilling_helped(tmp_path: Path, top1: float, said: str):
     assert sentence_on_distilling(findings) == said + expected
     dkd = {row: tests for row, tests in findings.gains.items() if row.strategy == "dkd"}
     assert sentence_on_distilling(replace(findings, gains=dkd)).startswith(
-        "Whether distilling helped can't be told: DKD"
+        "Whether distilling helped can't be told of the file that validation chooses: DKD"
     )
     assert sentence_on_distilling(replace(findings, gains={})) == ""
+
+
+def test_where_else_distilling_helped(tmp_path: Path):
+    """Said where the file that validation chooses tells nothing; who is not better is not named."""
+    write_run(tmp_path / "c", "control", {2: 70, 4: 85})
+    write_run(tmp_path / "d", "dkd", {4: 85.2}, val_top1=90.0)
+    write_run(tmp_path / "m", "mixup", {4: 75}, val_top1=60.0)
+    write_run(tmp_path / "v", "vanilla", {2: 99, 4: 85.2}, val_top1=60.0)
+    sentence = sentence_on_distilling(_findings(tmp_path))
+    assert sentence.startswith("Whether distilling helped can't be told of the file that validation chooses: DKD")
+    assert sentence.endswith(" It helped elsewhere, at some bit widths: Vanilla KD (resnet18).")
 
 
 def test_sizes_that_differ_by_a_name_are_equal():

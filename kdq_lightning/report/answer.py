@@ -10,7 +10,7 @@ from kdq_lightning.report.duels import Duel, File, files_of
 from kdq_lightning.report.file_choice import choose_file
 from kdq_lightning.report.findings import Findings
 from kdq_lightning.report.formatting import MISSING, format_difference, format_p, format_summary
-from kdq_lightning.report.rows import Measurement, whole_rows
+from kdq_lightning.report.rows import Measurement, trained_label, whole_rows
 from kdq_lightning.report.significance import LEVEL
 from kdq_lightning.report.table_formats import Table, table_of_texts
 from kdq_lightning.runs.records import FLOAT_BITS, packed_path
@@ -181,7 +181,9 @@ def sentence_on_distilling(findings: Findings) -> str:
         f" {format_summary(controls[0].cells[bits], 'test_top1')} % ({format_p(test.p)}{seeds})"
     )
     if test.p >= LEVEL:
-        return f"Whether distilling helped can't be told: {numbers}."
+        better = dict.fromkeys(trained_label(row) for _, _, row, test in able if test.p < LEVEL and test.points > 0)
+        others = f" It helped elsewhere, at some bit widths: {', '.join(better)}." if better else ""
+        return f"Whether distilling helped can't be told of the file that validation chooses: {numbers}.{others}"
     return f"Distilling {'helped' if test.points > 0 else 'did not help'}: {numbers}."
 
 
