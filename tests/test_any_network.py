@@ -255,6 +255,7 @@ def test_a_run_goes_on_with_its_own_arguments_alone(workspace: Path, capsys: pyt
     assert "was trained with network_args {'dropout': 0.5}, this command says None" in capsys.readouterr().err
 
 
+@pytest.mark.slow(seconds=7)
 def test_a_study(workspace: Path):
     """A student of torchvision's, trained, quantized and reported; `test_study_budget` plans it."""
     runs = {

@@ -153,7 +153,8 @@ def test_every_strategy_trains_on_two_ranks(strategy: str, images: Path, teacher
     assert checkpoint["global_step"] == 6
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("control", marks=pytest.mark.slow(seconds=8)), "hint"])
+@pytest.mark.slow(seconds=8)
+@pytest.mark.parametrize("strategy", ["control", "hint"])
 def test_a_network_of_torchvision_on_two_ranks(strategy: str, images: Path, teacher_run: Path, workspace: Path):
     """Trained through both stages of hints between unlike networks, and quantized."""
     arguments = ["fit", "--config", config(f"{strategy}_cpu"), f"--data.root={images}", *FEW_STEPS, *TWO]

@@ -177,7 +177,9 @@ def input_shape(graph) -> list[str | int]:
     return [dim.dim_param or dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim]
 
 
-@pytest.mark.parametrize(("codebook", "planes"), [("paper", 3), ("midrise", 2)])
+@pytest.mark.parametrize(
+    ("codebook", "planes"), [("paper", 3), pytest.param("midrise", 2, marks=pytest.mark.slow(seconds=4))]
+)
 def test_planes_and_packed_bits_are_printed(codebook: str, planes: int, workspace: Path, capsys):
     """Five levels take three planes, and 2.33 bits of a packed file: three codes go into a word of seven bits."""
     network = build_network("resnet8", 10).eval()

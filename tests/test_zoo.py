@@ -90,7 +90,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "Swin V2": lambda: swin(2),
     "MaxViT": maxvit,
 }
-FAST = ["VGG", "SqueezeNet", "ShuffleNetV2", "EfficientNet", "ConvNeXt", "Swin V2"]
+FAST = ["ShuffleNetV2", "EfficientNet", "ConvNeXt", "Swin V2"]
 LARGER = {"GoogLeNet": 64, "SqueezeNet": 48}
 
 
