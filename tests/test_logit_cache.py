@@ -178,7 +178,14 @@ def test_other_views_have_a_folder_of_their_own(workspace: Path):
 
 def test_every_option_of_the_data_is_accounted_for():
     """A new option either changes the views, so it belongs into `view_key`, or it stands here."""
-    source = {"dataset", "num_classes", "image_size", "mean", "std"}  # the hash of the pixels, and the statistics
+    source = {
+        "dataset",
+        "num_classes",
+        "image_size",
+        "mean",
+        "std",
+        "train_size",
+    }  # hash of pixels and indices, statistics
     options = set(inspect.signature(ImageDataModule.__init__).parameters) - {"self"}
     assert options == VIEWS.keys() | source | {"image_sizes", "trivial_augment"}
 
