@@ -378,7 +378,7 @@ def test_memory_limit_changes_the_walks_but_not_the_result(network, images):
         network,
         [images],
         bits=(2, 3, 4),
-        max_memory_gb=9e-4,
+        max_memory_gb=1.3e-3,
         progress=lambda done, total, name: seen.append((done, total, name)),
     )
     assert seen[-1] == (15, 15, "head")  # three walks of five layers
