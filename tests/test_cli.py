@@ -424,7 +424,7 @@ def test_help_of_a_group(capsys: pytest.CaptureFixture[str]):
         help_of(["fit", f"--help.{name}"], capsys) for name in ("trainer", "quantization", "all")
     )
     assert "--trainer.max_epochs" in trainer and "--quantization.bits" not in trainer and "KDQ_FIT" not in trainer
-    assert "``" not in trainer and ":class:" not in trainer and "kdq_lightning.PostTrainingQuantization)" in trainer
+    assert "``" not in trainer and ":class:" not in trainer and "kdq_lightning.PostTrainingQuantization" in trainer
     assert "--quantization.bits" in quantization and "--trainer.max_epochs" not in quantization
     assert "KDQ_FIT__TRAINER__MAX_EPOCHS" in everything and "KDQ_FIT__QUANTIZATION__BITS" in everything
     strategy = help_of(["fit", "--model.help=VanillaKD"], capsys)

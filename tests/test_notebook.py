@@ -67,6 +67,7 @@ def test_accuracy_vs_bits(tmp_path: Path):
     assert re.search(r"at most 100 kB, ship .*: ([\d,]+) bytes", texts(again)[-1])
 
 
+@pytest.mark.slow(seconds=30)
 def test_quantize_your_own_network(tmp_path: Path):
     """Eight bits cost nothing, two the most, mixed bits less in fewer bytes; files take what they are said to take."""
     pytest.importorskip("onnxruntime")

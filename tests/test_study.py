@@ -399,7 +399,8 @@ def test_a_whole_study(workspace: Path, capsys: pytest.CaptureFixture[str]):
     assert {file.name: file.read_bytes() for file in Path("runs/tiny/report").iterdir()} == report
 
 
-@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow(seconds=25))])
+@pytest.mark.slow(seconds=35)
+@pytest.mark.parametrize("is_whole", [False, True])
 def test_who_learned_from_a_teacher_that_is_trained_again_learns_again(is_whole: bool, workspace: Path, capsys):
     """Its students start anew, done or cut off, and what recovers their files; runs without a teacher stay done."""
 

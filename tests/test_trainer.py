@@ -107,7 +107,10 @@ def test_no_look_at_the_device_between():
 
 MISTAKES = [
     ("--trainer.logger=WandbLogger", "wandb is not installed: pip install -U 'wandb"),
-    ("--trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=val/nothing", "EarlyStopping watches val/nothing, which this run doesn't log: give its monitor one of val/top1"),
+    (
+        "--trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=val/nothing",
+        "EarlyStopping watches val/nothing, which this run doesn't log: give its monitor one of val/top1",
+    ),
     ("--trainer.log_every_n_steps=-1", "log_every_n_steps must be above 0, got -1"),
 ]
 
