@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch; the tes
 
 import numpy as np
 import pytest
+import rich
 import torch
 from PIL import Image
 
@@ -70,8 +71,9 @@ def without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_pictures: None) -> Path:
-    """Work in an empty folder."""
+    """Work in an empty folder, with a console of rich's that no bar of an earlier run has left its mark on."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rich, "_console", None)
     return tmp_path
 
 

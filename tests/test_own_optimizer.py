@@ -145,7 +145,9 @@ def test_precisions_without_a_float32_copy(model: str, precision: str, workspace
     assert first.state["conv1.weight"].dtype == wanted
     capsys.readouterr()
     assert main(["test", "--config=runs/run/version_0/config.yaml", "--ckpt_path=runs/run"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "test/top1 " in line)
+    printed = capsys.readouterr().out
+    line = next((line for line in printed.splitlines() if "test/top1 " in line), "")
+    assert line, printed
     floats = [row.test_top1 for row in read_records(Path("runs/run/version_0")) if row.bits == 32]
     assert float(line.split("│")[2]) == pytest.approx(sum(floats) / len(floats), abs=1e-3)
 
