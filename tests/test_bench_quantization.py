@@ -113,9 +113,21 @@ def test_speeds_of_every_case():
         ("walk", "10 %", 8, 1),
         ("floor", "10 %", 8, 7),
         ("walk", "10 %", 8, 7),
+        ("floor", "default", 8, 7),
+        ("walk", "default", 8, 7),
         ("published", "published", 8, 1),
     ]
-    assert all(row.seconds > 0 and 0 < row.fastest <= row.slowest for row in rows)
+    assert all(row.seconds > 0 and 0 < row.fastest <= row.slowest and row.peak_gb > 0.1 for row in rows)
+
+
+def test_speeds_of_a_chosen_case(capsys):
+    rows = measure_speed(small_network(), halves(pictures(8)), 1, ["default"])
+    assert [(row.what, row.patches) for row in rows] == [("floor", "default"), ("walk", "default")]
+    quantization.print_speeds("small", rows)
+    ratio = f"{rows[1].seconds / rows[0].seconds:.2f}"
+    assert [
+        line for line in capsys.readouterr().out.splitlines() if "walk" in line and "default" in line and ratio in line
+    ]
 
 
 class FewImages:
@@ -167,3 +179,5 @@ def test_steps_of_a_layer_add_up_to_the_solver():
 def test_unknown_method_is_named():
     with pytest.raises(UserError, match="unknown method 'magic'"):
         quantization.run(parse("--weights=a", '--methods=["magic"]'))
+    with pytest.raises(UserError, match="unknown case 'some': choose from published, all, 10 %, default"):
+        quantization.run(parse("--weights=a", '--cases=["some"]'))

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdq_lightning.bench.measure import hardware, print_table
 from kdq_lightning.bench.peers import PEERS
 from kdq_lightning.bench.quantization_accuracy import COMPARED, Accuracy, QuantizationCost, measure_accuracy
-from kdq_lightning.bench.quantization_speed import Speed, measure_speed
+from kdq_lightning.bench.quantization_speed import PATCHES, Speed, measure_speed
 from kdq_lightning.bench.solver_profile import Step, profile_layer
 from kdq_lightning.data.datamodules import CIFARDataModule
 from kdq_lightning.errors import UserError
@@ -33,6 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=5, help="Calibration draws; 0 leaves the accuracies out.")
     parser.add_argument("--speed_images", type=int, default=512, help="Calibration images of the timings.")
     parser.add_argument("--repeats", type=int, default=5, help="Repeats of the timings; 0 leaves them out.")
+    parser.add_argument("--cases", type=list[str], default=list(PATCHES), help=f"Timings: {', '.join(PATCHES)}.")
     parser.add_argument("--columns", type=int, default=4608, help="Of the layer that is profiled; 0 leaves it out.")
     parser.add_argument("--neurons", type=int, default=512, help="Of the layer that is profiled.")
 
@@ -43,9 +44,9 @@ def run(args: Namespace) -> dict[str, Any]:
     Raises:
         UserError: If the weights or the data can't be read, or a method is unknown.
     """
-    unknown = set(args.methods) - set(NAMES)
-    if unknown:
-        raise UserError(f"unknown method {min(unknown)!r}: choose from {', '.join(NAMES)}")
+    for what, given, names in (("method", args.methods, NAMES), ("case", args.cases, PATCHES)):
+        if unknown := set(given) - set(names):
+            raise UserError(f"unknown {what} {min(unknown)!r}: choose from {', '.join(names)}")
     trained = load_network(args.weights, args)
     data = CIFARDataModule(args.dataset, args.root, **trained.statistics._asdict())
     data.setup()
@@ -60,7 +61,7 @@ def run(args: Namespace) -> dict[str, Any]:
         print_costs(f"{trained.network}, {len(args.bits)} bit widths together, a draw", costs)
         figures |= {"accuracies": list(map(asdict, accuracies)), "costs": list(map(asdict, costs))}
     if args.repeats:
-        speeds = measure_speed(model, data.normalize(_draw(data, args.speed_images, 0)), args.repeats)
+        speeds = measure_speed(model, data.normalize(_draw(data, args.speed_images, 0)), args.repeats, args.cases)
         print_speeds(f"{trained.network}, processor seconds on one thread, median of {args.repeats}", speeds)
         figures["speeds"] = list(map(asdict, speeds))
     if args.columns:
@@ -114,7 +115,7 @@ def print_speeds(title: str, rows: Sequence[Speed]) -> None:
     by_case = {(row.what, row.patches, row.images, row.widths): row.seconds for row in rows}
     print_table(
         title,
-        ("what", "patches", "images", "widths", "seconds", "wall range", "x floor", "x one walk"),
+        ("what", "patches", "images", "widths", "seconds", "wall range", "x floor", "x one walk", "peak GiB"),
         [
             (
                 row.what,
@@ -123,12 +124,17 @@ def print_speeds(title: str, rows: Sequence[Speed]) -> None:
                 str(row.widths),
                 f"{row.seconds:.2f}",
                 f"{row.fastest:.2f}-{row.slowest:.2f}",
-                f"{row.seconds / by_case['floor', row.patches, row.images, row.widths]:.2f}",
-                f"{row.seconds / by_case['walk', row.patches, row.images, 1]:.2f}",
+                _ratio(row.seconds, by_case.get(("floor", row.patches, row.images, row.widths))),
+                _ratio(row.seconds, by_case.get(("walk", row.patches, row.images, 1))),
+                f"{row.peak_gb:.2f}",
             )
             for row in rows
         ],
     )
+
+
+def _ratio(seconds: float, reference: float | None) -> str:
+    return f"{seconds / reference:.2f}" if reference else ""
 
 
 def print_steps(title: str, steps: Sequence[Step]) -> None:

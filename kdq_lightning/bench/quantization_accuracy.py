@@ -1,10 +1,8 @@
 """Test accuracy of quantized networks, by method, bit width and calibration draw."""
 
-import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdq_lightning.bench.measure import peak_memory
 from kdq_lightning.bench.peers import PEERS, quantize_brevitas
 from kdq_lightning.data.normalization import Statistics, normalize
 from kdq_lightning.evaluation import Split, evaluate
@@ -133,22 +132,3 @@ def _describe(method: str, bits: int, result: Quantized | None) -> Accuracy:
         save_packed(file, result.model, result.weights, {})
         packed_bytes = file.stat().st_size
     return Accuracy(method, bits, max(layer.levels for layer in result.layers), " ".join(recipes), packed_bytes)
-
-
-@contextmanager
-def peak_memory() -> Iterator[Callable[[], float]]:
-    """Yield a function that returns, after the block, the peak memory of the process within it, in 2^30 bytes.
-
-    Only Linux lets a process forget its former peak; elsewhere the peak is that since its start.
-    """
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    try:
-        reset.write_text("5")
-    except OSError:
-        unit = 1 if hasattr(resource, "RUSAGE_THREAD") else 1024  # kilobytes on Linux, bytes on macOS
-        yield lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit / 2**20
-        return
-    peak: list[float] = []
-    yield lambda: peak[0]
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    peak.append(int(line.split()[1]) / 2**20)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq_lightning.bench.measure import Timing, interleaved
+from kdq_lightning.bench.measure import Timing, interleaved, peak_memory
 from kdq_lightning.bench.published_recursion import quantize_published
 from kdq_lightning.quantization import LayerReport, quantize
 
@@ -29,8 +29,9 @@ PATCHES: dict[str, dict[str, Any]] = {
     "published": {"mode": "official"},
     "all": {**PLAIN, "patch_fraction": 1.0},
     "10 %": {**PLAIN, "patch_fraction": 0.1},
+    "default": {},
 }
-"""Arguments of `quantize` for the patches to solve on."""
+"""Arguments of `quantize` for the patches to solve on; `default` is all that `kdq quantize` does."""
 
 FORWARD_IMAGES = 64  # the fastest batch of a forward on a processor
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -48,6 +49,7 @@ class Speed:
         seconds: Processor time, median of the runs.
         fastest: Wall time of the fastest run, seconds.
         slowest: Wall time of the slowest run, seconds.
+        peak_gb: Most memory that the process held meanwhile, interpreter and images included, in units of 2^30 bytes.
     """
 
     what: str
@@ -57,15 +59,19 @@ class Speed:
     seconds: float
     fastest: float
     slowest: float
+    peak_gb: float
 
 
-def measure_speed(model: nn.Module, images: Tensor, repeats: int = 5) -> list[Speed]:
+def measure_speed(
+    model: nn.Module, images: Tensor, repeats: int = 5, chosen: Sequence[str] = tuple(PATCHES)
+) -> list[Speed]:
     """Return the seconds of the walk, its floor and the published recursion on the same images and patches.
 
     Args:
         model: In eval mode, on the CPU; of 2-D convolutions and linear layers.
         images: Normalised calibration images, (images, 3, h, w).
         repeats: Calls of each that are counted.
+        chosen: Some of `PATCHES`.
     """
     half, quarter = images[: len(images) // 2], images[: len(images) // 4]
     cases: list[tuple[tuple[str, str, int, int], Callable[[], object]]] = []
@@ -75,15 +81,32 @@ def measure_speed(model: nn.Module, images: Tensor, repeats: int = 5) -> list[Sp
         ("10 %", half, WIDTHS[2:3]),
         ("10 %", images, WIDTHS[2:3]),
         ("10 %", images, WIDTHS),
+        ("default", images, WIDTHS),
     ):
+        if patches not in chosen:
+            continue
         case = (patches, len(batch), len(widths))
         reports = quantize(model, [batch], widths[:1], **PATCHES[patches])[widths[0]].layers
         cases.append((("floor", *case), floor(model, batch, reports, len(widths))))
         cases.append((("walk", *case), partial(quantize, model, [batch], widths, **PATCHES[patches])))
-    cases.append((("published", "published", len(images), 1), partial(quantize_published, model, images, WIDTHS[2])))
+    if "published" in chosen:
+        recursion = partial(quantize_published, model, images, WIDTHS[2])
+        cases.append((("published", "published", len(images), 1), recursion))
+    peaks: dict[str, float] = {}
     with one_thread():
-        timings = interleaved({str(case): function for case, function in cases}, repeats)
-    return [Speed(*case, *_seconds(timings[str(case)])) for case, _ in cases]
+        timings = interleaved({str(case): _watched(function, peaks, str(case)) for case, function in cases}, repeats)
+    return [Speed(*case, *_seconds(timings[str(case)]), peaks[str(case)]) for case, _ in cases]
+
+
+def _watched(function: Callable[[], object], peaks: dict[str, float], name: str) -> Callable[[], None]:
+    """Return the function, which writes its peak memory into `peaks`, too."""
+
+    def run() -> None:
+        with peak_memory() as peak:
+            function()
+        peaks[name] = max(peaks.get(name, 0.0), peak())
+
+    return run
 
 
 def floor(model: nn.Module, images: Tensor, layers: Sequence[LayerReport], widths: int) -> Callable[[], None]:
