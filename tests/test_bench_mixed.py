@@ -10,7 +10,9 @@ from jsonargparse import ArgumentParser
 from safetensors.torch import save_file
 
 from kdq_lightning.bench import mixed
+from kdq_lightning.bench.mixed_figure import draw_choices
 from kdq_lightning.data.datamodules import CIFARDataModule
+from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from kdq_lightning.quantization import quantize
 
@@ -64,7 +66,15 @@ def test_the_command(images: Path, workspace: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(mixed, "CIFARDataModule", partial(CIFARDataModule, val_size=0.2))
     options = ["--weights=weights.safetensors", "--network=resnet8"]
     options += ["--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]
-    options += [f"--root={images}", "--bits=[2]", "--images=16", "--draws=2", "--random=2", "--json=figures.json"]
+    options += [
+        f"--root={images}",
+        "--bits=[2]",
+        "--images=16",
+        "--draws=2",
+        "--random=2",
+        "--json=figures.json",
+        "--figure=f.svg",
+    ]
     figures = mixed.run(parser.parse_args(options))
     assert json.loads(Path("figures.json").read_text()) == figures
     assert asked == [((16, 3, 32, 32), [2], 2, seed) for seed in (0, 1)]
@@ -74,3 +84,26 @@ def test_the_command(images: Path, workspace: Path, monkeypatch: pytest.MonkeyPa
         ("uniform", 2, 2),
         ("random", 4, 4),
     ]
+    assert Path("f.svg").read_text().rstrip().endswith("</svg>")
+    with pytest.raises(UserError, match=r"--figure f\.jpg: end its name with \.svg or \.png"):
+        mixed.run(parser.parse_args([*options[:-1], "--figure=f.jpg"]))
+
+
+def test_the_figure_shows_means_and_deviations():
+    choices = [
+        {"method": "float", "size": "", "file_bytes": [9000], "top1": [90.0]},
+        {"method": "uniform", "size": "2 bits", "file_bytes": [1000, 1000], "top1": [80.0, 82.0]},
+        {"method": "mixed", "size": "3 bits", "file_bytes": [2000, 2000], "top1": [87.0, 89.0]},
+        {"method": "mixed", "size": "2 bits", "file_bytes": [990, 1000], "top1": [84.0, 85.0]},
+    ]
+    one = {"network": "resnet8", "dataset": "digits", "draws": 2, "choices": choices}
+    other = {**one, "network": "resnet14", "draws": 1, "choices": [{**row, "top1": row["top1"][:1]} for row in choices]}
+    first, second = draw_choices([one, other]).axes
+    assert (first.get_title(), second.get_title()) == ("resnet8, digits, 2 draws", "resnet14, digits, 1 draw")
+    across, *_ = first.lines
+    assert list(across.get_ydata()) == [90.0, 90.0]
+    mixed_curve, uniform_curve = first.containers
+    assert mixed_curve[0].get_xydata().tolist() == [[0.995, 84.5], [2.0, 88.0]]
+    assert uniform_curve[0].get_xydata().tolist() == [[1.0, 81.0]]
+    low, high = uniform_curve[2][0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((81.0 - 2**0.5, 81.0 + 2**0.5))

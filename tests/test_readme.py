@@ -8,11 +8,13 @@ from statistics import mean
 
 import yaml
 
+from kdq_lightning.bench.mixed_figure import draw_choices
 from kdq_lightning.cli import main
 from kdq_lightning.commands.command_line import read_settings
 from kdq_lightning.quantization.codebooks import CODEBOOKS
 from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS, MIXED_METHOD
 from kdq_lightning.quantization.solvers import SOLVERS
+from kdq_lightning.report.figures import render
 from kdq_lightning.report.published import TOP1
 from kdq_lightning.runs.records import FLOAT_BITS, find_records
 from kdq_lightning.study.plan import read_study
@@ -143,6 +145,21 @@ def test_accuracies_of_mixed_bits():
     """The table of docs/mixed_bits.md is that of the records."""
     text = (ROOT / "docs" / "mixed_bits.md").read_text()
     assert mixed_table() in text
+
+
+def test_figure_of_mixed_bits():
+    """The figure of docs/mixed_bits.md is that of the records: its words and ticks, and all of it by one Matplotlib."""
+    drawn, committed = mixed_figure(), (ROOT / "docs" / "mixed_bits.svg").read_text()
+    words, version = re.compile(r"<!-- (.*?) -->"), re.compile(r"Matplotlib v[\d.]+")
+    assert words.findall(committed) == words.findall(drawn)
+    if version.findall(committed) == version.findall(drawn):
+        assert committed == drawn
+
+
+def mixed_figure() -> str:
+    """Return the figure of the records in results/engine/mixed-*.json as SVG."""
+    records = [json.loads(path.read_text()) for path in sorted((RESULTS / "engine").glob("mixed-*.json"))]
+    return render(draw_choices(records), "svg").decode()
 
 
 def mixed_table() -> str:

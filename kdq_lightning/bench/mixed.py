@@ -13,7 +13,9 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor, nn
 
 from kdq_lightning.bench.measure import hardware, print_table
+from kdq_lightning.bench.mixed_figure import draw_choices
 from kdq_lightning.data.datamodules import CIFARDataModule
+from kdq_lightning.errors import UserError
 from kdq_lightning.evaluation import Split, evaluate
 from kdq_lightning.files import write_atomically
 from kdq_lightning.quantization.copies import copy_for_walk
@@ -24,10 +26,12 @@ from kdq_lightning.quantization.quantized import Quantized
 from kdq_lightning.quantization.recipes import Recipe, best_recipe
 from kdq_lightning.quantization.torch_state import isolated
 from kdq_lightning.quantization.walks import Walks
+from kdq_lightning.report.figures import render
 from kdq_lightning.runs.checkpoints import add_network_arguments, load_network
 from kdq_lightning.runs.trained_network import state_dict_bytes
 
 MAX_MEMORY_GB = 8.0
+FORMATS = (".svg", ".png")
 BETWEEN = 0.5  # of the way from one uniform file to the next, in bytes
 
 
@@ -59,14 +63,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=5, help="Calibration draws.")
     parser.add_argument("--random", type=int, default=4, help="Random choices for each bit width in a draw.")
     parser.add_argument("--test_images", type=int, default=None, help="So many of the test images; all if not given.")
+    parser.add_argument("--figure", type=Path, default=None, help="Accuracy against bytes, .svg or .png.")
 
 
 def run(args: Namespace) -> dict[str, Any]:
     """Measure the accuracies, print the table, and return the figures; `--json` gets them after each draw.
 
     Raises:
-        UserError: If the weights or the data can't be read.
+        UserError: If the weights or the data can't be read, or the figure's name ends otherwise than its formats.
     """
+    if args.figure and args.figure.suffix not in FORMATS:
+        raise UserError(f"--figure {args.figure}: end its name with {' or '.join(FORMATS)}")
     trained = load_network(args.weights, args)
     data = CIFARDataModule(args.dataset, args.root, **trained.statistics._asdict())
     data.setup()
@@ -88,6 +95,8 @@ def run(args: Namespace) -> dict[str, Any]:
         if args.json:
             write_atomically(args.json, (json.dumps(figures, indent=2) + "\n").encode())
     print_choices(f"{trained.network}, {args.dataset}, {len(test.labels)} test images", list(rows.values()))
+    if args.figure:
+        write_atomically(args.figure, render(draw_choices([figures]), args.figure.suffix.removeprefix(".")))
     return figures
 
 
