@@ -82,6 +82,8 @@ def write_run(
             record = Record(**values)
             records.append(record)
             correct[record.correct_key("test")] = right
+            if record.val_top1 is not None:
+                correct[record.correct_key("val")] = draw_correct(record.val_top1, 7000 + 1000 * seed + bits, images)
     write_records(folder, records)
     if vectors:
         write_correct(folder, correct)

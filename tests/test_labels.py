@@ -78,7 +78,7 @@ def test_two_settings_differ(tmp_path: Path):
     hashes = {record["config_hash"] for record in csv.DictReader((more / "quantized.csv").open())}
     write_run(tmp_path / "gpfq", "vanilla", {2: 60}, run="a", method="gpfq", config_hash=hashes.pop())
     (rows,) = read_rows([tmp_path])[0].values()
-    assert [row.label for row in rows] == [own[0], f"{TITLE}, gpfq, temperature 4, max_epochs 15", own[1]]
+    assert [row.label for row in rows] == [own[0], f"{TITLE}, plain GPFQ, temperature 4, max_epochs 15", own[1]]
     assert [trained_label(row) for row in rows] == [own[0], own[0], own[1]]
 
 

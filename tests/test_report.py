@@ -14,24 +14,19 @@ from PIL import Image
 from kdq_lightning.cli import main
 from kdq_lightning.commands.report import write_report
 from kdq_lightning.errors import UserError
-from kdq_lightning.report.answer import (
-    advice_table,
-    answer,
-    choose_measurement,
-    sentence_on_distilling,
-    sentence_on_shipping,
-    verdict,
-)
-from kdq_lightning.report.claims import gains_in_words
+from kdq_lightning.report.advice import is_better
+from kdq_lightning.report.answer import answer, verdict
 from kdq_lightning.report.document import KINDS
-from kdq_lightning.report.duels import comparable_files
+from kdq_lightning.report.duels import File, comparable_files
 from kdq_lightning.report.figures import draw_figures, render
 from kdq_lightning.report.file_choice import rounded_sizes
 from kdq_lightning.report.findings import Findings, find
 from kdq_lightning.report.formatting import format_difference, format_p
+from kdq_lightning.report.gains import gains_in_words, sentences_on_distilling
 from kdq_lightning.report.published import BITS, TOP1, published_drop, published_top1
 from kdq_lightning.report.read_rows import read_rows
-from kdq_lightning.report.rows import Row, summarize
+from kdq_lightning.report.rows import Cell, Row, summarize
+from kdq_lightning.report.shipping import advice_table, choose_measurement, sentence_on_shipping
 from kdq_lightning.report.significance import Difference, holm, paired_bootstrap
 from kdq_lightning.report.table_formats import to_csv, to_latex, to_markdown
 from kdq_lightning.report.tables import gain_table, measure_table
@@ -164,9 +159,8 @@ def test_unknown_strategies_in_all_figures_and_tables(tmp_path: Path):
         "ece": 1,
         "relative_error": 1,
     }
-    assert (
-        "another (resnet18) has 82.00 % at 4 bits" in text and "another (resnet18), 2" in tables["equal_bytes_cifar10"]
-    )
+    assert "another (resnet18), 4 bits (6.1 kB, 82.00 %)" in text
+    assert "another (resnet18), 2" in tables["equal_bytes_cifar10"]
     assert "- another (resnet18) drops more sharply" in details and "- another (resnet18) loses" in details
     with (tmp_path / "out" / "cells_cifar10.csv").open() as file:
         assert len([row for row in csv.DictReader(file) if row["strategy"] == "my_distillation"]) == 3
@@ -254,12 +248,12 @@ def test_the_answer_in_words(tmp_path: Path):
     p_values = [format_p(duel.difference.p) for duel in (*student, *teacher)]
     assert len(set(p_values)) == 1
     assert answer(findings) == (
-        "Under 6.5 kB only the student (resnet18) fits; its best file there is Vanilla KD (resnet18), 3 bits: 4.7 kB,"
-        " 85.25 ± 0.35 %."
-        f" From 6.5 kB to 12.5 kB the student (resnet18) is better at equal bytes, by {points[0]} to {points[1]} points"
-        f" ({p_values[0]})."
-        f" From 12.5 kB on the teacher (resnet50) is better at equal bytes, by {points[2]} to {points[3]} points"
-        f" ({p_values[0]})."
+        "Under 6.5 kB only the student (resnet18) fits; ship Vanilla KD (resnet18), 2 bits (3.3 kB, 80.25 ± 0.35 %),"
+        " or from 4.7 kB on Vanilla KD (resnet18), 3 bits (4.7 kB, 85.25 ± 0.35 %)."
+        f" From 6.5 kB to 12.5 kB the student (resnet18) is better at equal bytes, by {points[0]} to {points[1]}"
+        f" percentage points ({p_values[0]})."
+        f" From 12.5 kB on the teacher (resnet50) is better at equal bytes, by {points[2]} to {points[3]}"
+        f" percentage points ({p_values[0]})."
     )
     even = [
         replace(duel, difference=duel.difference._replace(p=p)) for duel, p in zip(student, (0.3, 0.6), strict=True)
@@ -274,18 +268,17 @@ def test_what_to_ship_follows_from_the_tests(tmp_path: Path):
     """The winner; the smaller file where there is none; `--max_bytes` gives the table's file, whatever is larger."""
     for seed in (0, 1):
         write_run(tmp_path / f"t{seed}", "teacher", {2: 70, 4: 95}, seed=seed, network="resnet50")
-        write_run(tmp_path / f"v{seed}", "vanilla", {2: 80, 3: 85, 5: 86}, seed=seed)
+        write_run(tmp_path / f"v{seed}", "vanilla", {2: 80, 3: 85, 4: 85.1, 5: 89}, seed=seed)
     findings = _findings(tmp_path)
-    rows = [[entry.text for entry in row] for row in advice_table(findings.duels).rows]
+    rows = [[entry.text for entry in row] for row in advice_table(findings).rows]
     assert [row[:2] for row in rows] == [
         ["3.3 kB", "Vanilla KD (resnet18), 2 bits"],
         ["4.7 kB", "Vanilla KD (resnet18), 3 bits"],
-        ["6.5 kB", "Vanilla KD (resnet18), 3 bits"],
         ["7.5 kB", "Vanilla KD (resnet18), 5 bits"],
         ["12.5 kB", "Teacher (resnet50), 4 bits"],
-    ]
-    assert rows[0][3:] == ["none fits", "", ""] and rows[-1][3] == "Vanilla KD (resnet18), 5 bits"
-    assert all(row[5].startswith("+") for row in rows[2:])  # of the file to ship, whichever side it is on
+    ]  # not 4 bits: on validation they are no better than 3 beyond chance
+    assert rows[0][3:] == ["none fits", ""] and rows[-1][3].startswith("Vanilla KD (resnet18), 5 bits: 89.")
+    assert all(row[4].startswith("+") for row in rows[2:])  # of the file to ship, whichever side it is on
     for budget, file in ((3300, "Vanilla KD (resnet18), 2 bits"), (12_499, "Vanilla KD (resnet18), 5 bits")):
         assert choose_measurement(findings, budget, None)[0].label == file
     assert choose_measurement(findings, 1e9, None)[0].label == "Teacher (resnet50), 4 bits"
@@ -295,6 +288,23 @@ def test_what_to_ship_follows_from_the_tests(tmp_path: Path):
         for duel in findings.duels
     ]
     assert choose_measurement(replace(findings, duels=even), 1e9, None)[0].label == "Vanilla KD (resnet18), 5 bits"
+
+
+def test_a_larger_file_must_be_better_on_validation(tmp_path: Path):
+    """Beyond chance, whatever it has on the test images; by half a point where the right answers aren't known."""
+    write_run(tmp_path / "v", "vanilla", {2: 80, 3: 95}, val_top1=85.0)  # equal on validation
+    write_run(tmp_path / "d", "dkd", {2: 60, 3: 50}, val_top1=90.0)
+    (small, large), (_, better) = (
+        [file for file in comparable_files(_findings(tmp_path).rows)[0] if file.row.strategy == strategy]
+        for strategy in ("vanilla", "dkd")
+    )
+    assert not is_better(large, small) and is_better(better, small) and not is_better(small, better)
+
+    def unknown(file: File) -> File:
+        cell = Cell(tuple(replace(m, correct_validation=None) for m in file.cell.measurements))
+        return replace(file, row=replace(file.row, cells={file.bits: cell}))
+
+    assert not is_better(unknown(large), unknown(small)) and is_better(unknown(better), unknown(small))
 
 
 def test_the_file_to_ship_exists_and_can_be_exported(tmp_path: Path):
@@ -310,34 +320,45 @@ def test_the_file_to_ship_exists_and_can_be_exported(tmp_path: Path):
     assert f"the float network of `{folder}`" in sentence_on_shipping(_findings(tmp_path), None, 89)
 
 
-@pytest.mark.parametrize(("top1", "said"), [(95, "Distilling helped: "), (75, "Distilling did not help: ")])
-def test_whether_distilling_helped(tmp_path: Path, top1: float, said: str):
-    """Of the best distilled file on validation, against the control at the same bits."""
+def test_whether_distilling_helped(tmp_path: Path):
+    """Over all strategies and bit widths: who is better where, who is worse, who can't be told from the control."""
     write_run(tmp_path / "t", "teacher", {4: 96}, network="resnet50")
-    write_run(tmp_path / "c", "control", {2: 70, 4: 85})
-    write_run(tmp_path / "v", "vanilla", {2: 99, 4: top1}, val_top1=90.0)
-    write_run(tmp_path / "d", "dkd", {4: 85.2}, val_top1=60.0)
+    write_run(tmp_path / "c", "control", {2: 70, 4: 85, 32: 86})
+    write_run(tmp_path / "v", "vanilla", {2: 80, 4: 95, 32: 96})
+    write_run(tmp_path / "m", "mixup", {2: 60, 4: 85.1, 32: 86.1})
+    write_run(tmp_path / "d", "dkd", {2: 80, 4: 85.2, 32: 95})
+    write_run(tmp_path / "h", "hint", {2: 70.2, 4: 85.2, 32: 86.2})
+    write_run(tmp_path / "r", "recover", {2: 80})
     findings = _findings(tmp_path)
-    (row,) = [row for row in findings.gains if row.strategy == "vanilla"]
-    p = format_p(findings.gains[row][4].p)
-    expected = f"Vanilla KD (resnet18) has {top1:.2f} % at 4 bits, the control 85.00 % ({p}, one seed)."
-    assert sentence_on_distilling(findings) == said + expected
-    dkd = {row: tests for row, tests in findings.gains.items() if row.strategy == "dkd"}
-    assert sentence_on_distilling(replace(findings, gains=dkd)).startswith(
-        "Whether distilling helped can't be told of the file that validation chooses: DKD"
+    than = "the control, the same network trained without a teacher and quantized alike"
+    test = next(tests[4] for row, tests in findings.gains.items() if row.strategy == "vanilla")
+    assert sentences_on_distilling(findings) == (
+        f"Distilling helped with 3 of 5 strategies. Better than {than}: Vanilla KD at every bit width; DKD at 2 bits"
+        " and float; Recovered at 2 bits. Worse: Mixup KD at 2 bits. Not distinguishable from it: Hints. The file to"
+        f" ship from 6.1 kB on, Vanilla KD (resnet18), 4 bits, has 95.00 %, the control quantized alike 85.00 %"
+        f" ({format_p(test.p)}, one seed)."
     )
-    assert sentence_on_distilling(replace(findings, gains={})) == ""
+
+    def said(*strategies: str) -> str:
+        gains = {row: tests for row, tests in findings.gains.items() if row.strategy in strategies}
+        return sentences_on_distilling(replace(findings, gains=gains))
+
+    assert said("vanilla").startswith(f"Distilling helped. Better than {than}: Vanilla KD at every bit width. The file")
+    assert said("mixup").startswith(
+        f"Distilling did not help. Worse than {than}: Mixup KD at 2 bits. The best distilled"
+    )
+    assert said("hint").startswith(f"Whether distilling helped can't be told. Not distinguishable from {than}: Hints.")
+    assert said("hint").endswith(", one seed, not distinguishable).")
+    assert said() == ""
 
 
-def test_where_else_distilling_helped(tmp_path: Path):
-    """Said where the file that validation chooses tells nothing; who is not better is not named."""
-    write_run(tmp_path / "c", "control", {2: 70, 4: 85})
-    write_run(tmp_path / "d", "dkd", {4: 85.2}, val_top1=90.0)
-    write_run(tmp_path / "m", "mixup", {4: 75}, val_top1=60.0)
-    write_run(tmp_path / "v", "vanilla", {2: 99, 4: 85.2}, val_top1=60.0)
-    sentence = sentence_on_distilling(_findings(tmp_path))
-    assert sentence.startswith("Whether distilling helped can't be told of the file that validation chooses: DKD")
-    assert sentence.endswith(" It helped elsewhere, at some bit widths: Vanilla KD (resnet18).")
+def test_p_values_never_look_as_if_they_were_on_the_other_side_of_the_level():
+    assert [format_p(p) for p in (0.04951, 0.04999, 0.05, 0.0494)] == [
+        "p = 0.0495",
+        "p = 0.0499",
+        "p = 0.050",
+        "p = 0.049",
+    ]
 
 
 def test_sizes_that_differ_by_a_name_are_equal():
@@ -486,41 +507,44 @@ def test_methods_stand_side_by_side(tmp_path: Path):
     assert [(row.label, row.method, list(row.cells), row.seeds) for row in findings.rows] == [
         ("Teacher (resnet50)", "default", [3, 4, 32], [0, 1]),
         ("Control (resnet18)", "default", [3, 4, 32], [0, 1]),
-        ("Control (resnet18), gpfq", "gpfq", [2, 4, 32], [0, 1]),
+        ("Control (resnet18), plain GPFQ", "gpfq", [2, 4, 32], [0, 1]),
         ("DKD (resnet18)", "default", [3, 4, 32], [0, 1]),
-        ("DKD (resnet18), gpfq", "gpfq", [2, 3, 4, 32], [0, 1]),
+        ("DKD (resnet18), plain GPFQ", "gpfq", [2, 3, 4, 32], [0, 1]),
     ]
-    assert rows["DKD (resnet18), gpfq"].cells[4].summaries["test_top1"].mean == pytest.approx(76.25)
+    assert rows["DKD (resnet18), plain GPFQ"].cells[4].summaries["test_top1"].mean == pytest.approx(76.25)
     assert rows["DKD (resnet18)"].cells[4].summaries["test_top1"].mean == pytest.approx(86.25)
 
     students, teachers = comparable_files(findings.rows)
     assert (len(students), len(teachers)) == (11, 3)  # a float network is one file
-    assert findings.duels[0].student.label == "DKD (resnet18), gpfq, 2 bits"  # the smallest file of all methods
-    own = np.stack(list(rows["DKD (resnet18), gpfq"].cells[4].correct.values()))
-    control = np.stack(list(rows["Control (resnet18), gpfq"].cells[4].correct.values()))
-    gains = findings.gains[rows["DKD (resnet18), gpfq"]]
+    assert findings.duels[0].student.label == "DKD (resnet18), plain GPFQ, 2 bits"  # the smallest file of all methods
+    own = np.stack(list(rows["DKD (resnet18), plain GPFQ"].cells[4].correct.values()))
+    control = np.stack(list(rows["Control (resnet18), plain GPFQ"].cells[4].correct.values()))
+    gains = findings.gains[rows["DKD (resnet18), plain GPFQ"]]
     assert gains[4].points == pytest.approx(100 * (own.mean() - control.mean()))
     assert list(gains) == [2, 4, 32]  # at 3 bits the control has the default method alone
     drops = {(drop.row.label, drop.bits): drop for drop in findings.drops}
-    assert drops["DKD (resnet18), gpfq", 4].versus_control and not drops["DKD (resnet18), gpfq", 4].versus_teacher
+    assert (
+        drops["DKD (resnet18), plain GPFQ", 4].versus_control
+        and not drops["DKD (resnet18), plain GPFQ", 4].versus_teacher
+    )
     assert drops["DKD (resnet18)", 4].versus_teacher
-    assert choose_measurement(findings, 3400, None)[0].label == "DKD (resnet18), gpfq, 2 bits"
+    assert choose_measurement(findings, 3400, None)[0].label == "DKD (resnet18), plain GPFQ, 2 bits"
 
     text = write_report([tmp_path], tmp_path / "out").read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[1:]
-    assert "88.25 ± 0.35" in tables[0] and "gpfq" not in tables[0]
+    assert "88.25 ± 0.35" in tables[0] and "GPFQ" not in tables[0]
     assert "76.25 ± 0.35" in tables[1] and "86.25" not in tables[1] and "7 bits" not in tables[1]
-    assert f"Method `gpfq`:\n\n{tables[1]}" in text
+    assert f"The same with plain GPFQ (method `gpfq`):\n\n{tables[1]}" in text
     with (tmp_path / "out" / "cells_cifar10.csv").open() as file:
         cells = [(row["strategy"], row["method"], row["bits"]) for row in csv.DictReader(file)]
     assert len(cells) == len(set(cells)) == 14 and ("dkd", "", "32") in cells and ("dkd", "gpfq", "2") in cells
     assert "76.25" in (tmp_path / "out" / "accuracy_gpfq_cifar10.csv").read_text()
     figures = draw_figures(findings)
     curves = figures["accuracy_vs_bits"].axes[0].get_legend_handles_labels()[1]
-    assert curves == [label for label in rows if "gpfq" not in label]
+    assert curves == [label for label in rows if "GPFQ" not in label]
     panels = {axes.get_title(): axes.get_legend_handles_labels()[1] for axes in figures["methods"].axes if axes.lines}
-    assert panels["DKD (resnet18)"] == ["published (resnet18)", "default", "gpfq"]
-    assert panels["Control (resnet18)"] == ["default", "gpfq"]
+    assert panels["DKD (resnet18)"] == ["published (resnet18)", "default", "plain GPFQ"]
+    assert panels["Control (resnet18)"] == ["default", "plain GPFQ"]
 
 
 # --- broken inputs

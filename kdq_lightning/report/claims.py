@@ -1,15 +1,13 @@
 """The claims of the published study, each beside what the records say of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from kdq_lightning.quantization.methods import MIXED_METHOD
 from kdq_lightning.report.answer import TRACK_VERDICTS, verdict
 from kdq_lightning.report.findings import Drop, Findings
-from kdq_lightning.report.formatting import format_difference, format_p
+from kdq_lightning.report.formatting import format_difference
 from kdq_lightning.report.published import NETWORKS, SHARPER_DROP, WINNER
 from kdq_lightning.report.rows import Row
-from kdq_lightning.report.significance import LEVEL, Difference
-from kdq_lightning.runs.records import FLOAT_BITS
 
 DROP_VERDICTS = {
     1: "drops more sharply than the teacher at",
@@ -60,19 +58,12 @@ def sharper_drop(drops: Sequence[Drop]) -> list[str]:
                 f"{drop.bits} bits{' (sharper drop claimed)' if drop.bits in SHARPER_DROP.get(row.dataset, ()) else ''}"
                 f" {format_difference(drop.versus_teacher)}"
                 for drop in own
-                if drop.versus_teacher and _sign(drop.versus_teacher) == sign
+                if drop.versus_teacher and drop.versus_teacher.sign == sign
             ]
             parts += [f"{words} {'; '.join(numbers)}"] if numbers else []
         if parts and not row.is_teachers:
             sentences.append(f"{row.label} {'; '.join(parts)}.")
     return sentences
-
-
-def _sign(difference: Difference) -> int:
-    """Return 1 or -1 for a significant difference, else 0."""
-    if difference.p >= LEVEL:
-        return 0
-    return 1 if difference.points > 0 else -1
 
 
 def nearly_float(drops: Sequence[Drop]) -> list[str]:
@@ -91,29 +82,3 @@ def nearly_float(drops: Sequence[Drop]) -> list[str]:
             text += f"; {f'{certain.bits} bits' if certain else 'none'} with its whole interval"
         sentences.append(f"{text}.")
     return sentences
-
-
-def gains_in_words(gains: Mapping[Row, Mapping[int, Difference]]) -> list[str]:
-    """Say where each student is better or worse than the control, a sentence each; `gains` is `Findings.gains`."""
-    sentences, every = [], max(map(len, gains.values()))
-    for row, tests in gains.items():
-        if row.method == MIXED_METHOD:
-            continue
-        parts = []
-        for word, sign in (("better", 1), ("worse", -1)):
-            found = {bits: test for bits, test in tests.items() if _sign(test) == sign}
-            if found:
-                points = sorted((test.points for test in found.values()), key=abs)
-                by = " to ".join(dict.fromkeys(f"{value:+.2f}" for value in (points[0], points[-1])))
-                where = "every bit width" if len(found) == every else _listed(list(found))
-                p = f"{format_p(max(test.p for test in found.values()))}{' at most' if len(found) > 1 else ''}"
-                parts.append(f"{word} at {where}, {by} points ({p})")
-        single = "; one seed on a side" if any(test.runs == 1 for test in tests.values()) else ""
-        sentences.append(f"**{row.label}**: {' and '.join(parts) or 'not distinguishable'}{single}.")
-    return sentences
-
-
-def _listed(widths: Sequence[int]) -> str:
-    """Return bit widths as "2, 4 bits and float"."""
-    quantized = ", ".join(str(bits) for bits in widths if bits != FLOAT_BITS)
-    return " and ".join([*([f"{quantized} bits"] if quantized else []), *(["float"] if FLOAT_BITS in widths else [])])

@@ -4,15 +4,19 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from kdq_lightning.quantization.methods import DEFAULT_METHOD
-from kdq_lightning.report.answer import advice_table, answer, over_all, sentence_on_shipping, verdict
-from kdq_lightning.report.claims import gains_in_words, section_on_claims
+from kdq_lightning.report.advice import CLEAR
+from kdq_lightning.report.answer import answer, over_all, verdict
+from kdq_lightning.report.claims import section_on_claims
 from kdq_lightning.report.figures import draw_figures, render
 from kdq_lightning.report.file_choice import SAME_SIZE
 from kdq_lightning.report.findings import DROP_RESAMPLES, Findings
-from kdq_lightning.report.rows import Row, by_method
-from kdq_lightning.report.significance import RESAMPLES
+from kdq_lightning.report.gains import gains_in_words
+from kdq_lightning.report.rows import Row, by_method, method_title
+from kdq_lightning.report.shipping import advice_table, sentence_on_shipping
+from kdq_lightning.report.significance import LEVEL, RESAMPLES
 from kdq_lightning.report.table_formats import Table, to_csv, to_latex, to_markdown
 from kdq_lightning.report.tables import bytes_table, cell_table, drop_table, duel_table, gain_table, measure_table
+from kdq_lightning.report.words import words
 from kdq_lightning.runs.records import MEASURES
 from kdq_lightning.strategies import APPEARANCES
 
@@ -58,9 +62,10 @@ def compose(findings: Sequence[Findings], notes: Sequence[str], options: ReportO
         shipping = sentence_on_shipping(f, options.max_bytes, options.min_accuracy)
         answers.append(f"**{f.dataset}**: {answer(f)}" + (f"\n\n{shipping}" if shipping else ""))
     sections = [INTRODUCTION, "## The answer"]
-    advice = {f.dataset: advice_table(f.duels) for f in findings if f.duels}
+    advice = {f.dataset: advice_table(f) for f in findings if f.duels}
     for f, text in zip(findings, answers, strict=True):
         sections += [text, *([to_markdown(advice[f.dataset]), SHIPPING] if f.dataset in advice else [])]
+    sections += words([row for f in findings for row in f.rows])
     if len(findings) > 1:
         answers.append(over_all({f.dataset: verdict(f.duels) for f in findings}))
         sections.append(answers[-1])
@@ -83,15 +88,15 @@ KINDS = ("svg", "png")  # formats of each figure
 
 INTRODUCTION = """# Quantize the big network, or distil it and quantize the small one?
 
-Accuracies are top-1 on the test set in percent, mean ± sample deviation over seeds. Every choice (the best file of a \
-size, the file to ship) is made on validation images."""
+There are two tracks: quantize the *teacher*, a big network; or train a *student*, a small network, most often by \
+distilling, that is by the teacher's answers, and quantize that. *At equal bytes* compares the best file of each track \
+within one budget of bytes; files are chosen on validation images and compared on test images. Accuracies are top-1 on \
+the test images in percent, mean ± sample deviation over seeds; *points* are percentage points."""
 
-SHIPPING = """Of each track the best file within the budget, on validation; ship the winner of the paired test, or the \
-smaller file where the two are not distinguishable. Differences are those of the file to ship minus the other track's. \
-`kdq report DIR --max_bytes 100kB` names one file."""
-
-BARS = """Bars: ± one sample deviation over seeds; a strategy with one seed has none. Points at the same place are \
-drawn side by side."""
+SHIPPING = f"""A larger file stands here only where it is better beyond chance (p < {LEVEL:g}): than the row above on \
+validation images, or than the other track at equal bytes; any other is not worth its bytes. Differences: the file to \
+ship minus the other track's best within the budget, 95 % intervals in brackets. `kdq report DIR --max_bytes 100kB` \
+names one file."""
 
 SHORT_METHOD = (
     "Differences: paired bootstrap over test images and seeds, 95 % intervals in brackets, p-values adjusted (Holm).",
@@ -112,7 +117,10 @@ METHOD = (
     f" {2 / (DROP_RESAMPLES + 1):.3f}. Of a side with one seed an interval knows the chance of the images alone; with"
     " two or three it is somewhat too narrow. Calibration images are the same for all seeds: their chance is in no"
     " interval.",
-    "The figures' Pareto front is drawn on the test accuracies.",
+    "The file to ship: of the winners at equal bytes, or the smaller files where neither wins, in order of the budget"
+    " each that is better than the one before it: than one of its own track by the paired test on validation images at"
+    f" the level {LEVEL:g}, not adjusted (where their right answers aren't recorded, by {CLEAR:g} points), than one of"
+    " the other track if it wins at equal bytes.",
     "Mutual learning: tables show the mean over peers, paired tests use the first peer.",
 )
 
@@ -169,8 +177,12 @@ def _section(findings: Findings, figures: Collection[str], published: bool) -> l
     absent = [appearance.title for strategy, appearance in APPEARANCES.items() if strategy not in known]
     blocks = [
         f"## {dataset}",
-        *(f"![{FIGURES[name]}]({name}_{dataset}.svg)" for name in FIGURES if name in figures),
-        BARS,
+        *(
+            block
+            for name, caption in FIGURES.items()
+            if name in figures
+            for block in (f"![{caption.partition('.')[0]}]({name}_{dataset}.svg)", caption)
+        ),
         f"Test accuracy; the best of a column in bold.{brackets} Seeds: {_seeds(rows)}.",
         *_table_of_each_method(rows, lambda own: measure_table(own, "test_top1", published)),
         *([f"Without any record: {', '.join(absent)}."] if absent else []),
@@ -186,11 +198,16 @@ def _section(findings: Findings, figures: Collection[str], published: bool) -> l
 
 
 FIGURES = {
-    "accuracy_vs_bytes": "Accuracy against bytes of the file",
-    "accuracy_vs_bits": "Accuracy against bits a weight; dashed lines are float networks",
-    "methods": "Accuracy against bits of each method, and of the published study",
+    "accuracy_vs_bytes": "Accuracy against bytes of the file. Yellow: the files to ship, those of the table above."
+    " They are chosen on validation images: a point above yellow was no better there beyond chance, so its height here"
+    " may be luck. Error bars: ± one sample deviation over seeds, so how far another training would fall from the mean;"
+    " a strategy with one seed has none. Points at the same place are drawn side by side.",
+    "accuracy_vs_bits": "Accuracy against bits a weight. Dashed lines are the float networks. At equal bits the"
+    " teacher's file is larger: who is higher here has not won.",
+    "methods": "Accuracy against bits of each method of quantizing. Hollow markers: the published study, with the"
+    " networks in brackets.",
 }
-"""The figures that the report shows, with their captions; it links the others."""
+"""The figures that the report shows, with what stands under each; it links the others."""
 
 
 def _table_of_each_method(rows: Sequence[Row], table_of: Callable[[Sequence[Row]], Table]) -> list[str]:
@@ -199,7 +216,7 @@ def _table_of_each_method(rows: Sequence[Row], table_of: Callable[[Sequence[Row]
     for method, own in by_method(rows).items():
         table = table_of(own)
         if table.rows:
-            blocks += [] if method == DEFAULT_METHOD else [f"Method `{method}`:"]
+            blocks += [] if method == DEFAULT_METHOD else [f"The same with {method_title(method)} (method `{method}`):"]
             blocks.append(to_markdown(table))
     return blocks
 

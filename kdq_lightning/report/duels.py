@@ -9,7 +9,7 @@ import numpy as np
 from kdq_lightning.errors import UserError
 from kdq_lightning.report.file_choice import budget_ranges, choose_file, pareto_front, rounded_sizes
 from kdq_lightning.report.rows import Cell, Row, size_label, whole_rows
-from kdq_lightning.report.significance import LEVEL, Difference, McNemar, holm_adjusted, mcnemar, paired_bootstrap
+from kdq_lightning.report.significance import Difference, McNemar, holm_adjusted, mcnemar, paired_bootstrap
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ class Duel:
         """Either "student" or "teacher", "" if they are not distinguishable, None if there was no test."""
         if self.difference is None:
             return None
-        if self.difference.p >= LEVEL:
-            return ""
-        return "student" if self.difference.points > 0 else "teacher"
+        return {1: "student", -1: "teacher", 0: ""}[self.difference.sign]
 
 
 def files_of(rows: Sequence[Row]) -> list[File]:

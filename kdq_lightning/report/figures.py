@@ -14,10 +14,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from kdq_lightning.files import format_bytes
 from kdq_lightning.quantization.methods import MIXED_METHOD
-from kdq_lightning.report.file_choice import pareto_front, rounded_sizes
 from kdq_lightning.report.findings import Findings
 from kdq_lightning.report.published import NETWORKS, published_curves
-from kdq_lightning.report.rows import Cell, Row, by_method, trained_label
+from kdq_lightning.report.rows import Cell, Row, by_method, method_title, trained_label
 from kdq_lightning.runs.records import FLOAT_BITS, MEASURES
 from kdq_lightning.strategies import Appearance
 
@@ -73,14 +72,12 @@ def draw_figures(findings: Findings) -> dict[str, Figure]:
     methods = by_method(findings.rows)
     rows = next(iter(methods.values()))
     by_bytes = _curves([*rows, *methods.get(MIXED_METHOD, [])], "test_top1", lambda bits, cell: cell.packed_bytes)
-    sizes = rounded_sizes([int(size) for curve in by_bytes for size in curve.x])
-    accuracies = [y for curve in by_bytes for y in curve.y]
-    front = [(sizes[i], accuracies[i]) for i in pareto_front(sizes, accuracies)]
+    shipped = [(a.file.cell.packed_bytes, a.file.cell.summaries["test_top1"].mean) for a in findings.advice]
     figures = {}
     for name, measure in MEASURES.items():
         curves = _curves(rows, name, lambda bits, cell: bits)
         if name == "test_top1":
-            figures["accuracy_vs_bytes"] = plot_by_bytes(by_bytes, front, measure.axis, dataset)
+            figures["accuracy_vs_bytes"] = plot_by_bytes(by_bytes, shipped, measure.axis, dataset)
             figures["accuracy_vs_bits"] = plot_by_bits(curves, measure.axis, dataset, least=LEAST_POINTS)
             if methods_figure := plot_methods(findings, measure.axis):
                 figures["methods"] = methods_figure
@@ -113,7 +110,8 @@ def plot_methods(findings: Findings, ylabel: str) -> Figure | None:
         own = [row for rows in methods.values() for row in rows if trained_label(row) == title]
         for row, line in zip(own, ("-", ":", "-.", "--"), strict=False):
             curves = [
-                replace(curve, label=row.method) for curve in _curves([row], "test_top1", lambda bits, cell: bits)
+                replace(curve, label=method_title(row.method))
+                for curve in _curves([row], "test_top1", lambda bits, cell: bits)
             ]
             _draw_by_bits(axes, curves, linestyle=line)
         if own[0].strategy in known:
@@ -175,22 +173,31 @@ def plot_by_bits(
 
 
 def plot_by_bytes(
-    curves: Sequence[Curve], front: Sequence[tuple[float, float]], ylabel: str, title: str = ""
+    curves: Sequence[Curve], shipped: Sequence[tuple[float, float]], ylabel: str, title: str = ""
 ) -> Figure:
-    """Draw accuracy against the size of the file, with the Pareto front over all curves.
+    """Draw accuracy against the size of the file, with the files to ship as steps over the budget.
 
     Args:
         curves: With bytes as x.
-        front: Bytes and accuracy of the files on the front, in order of bytes.
+        shipped: Bytes and accuracy of the files to ship, in order of the budget.
         ylabel: Name of the number, with its unit.
         title: Stands above the figure.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title)
-    if front:
-        sizes, accuracies = zip(*front, strict=True)
-        (line,) = axes.step(sizes, accuracies, where="post", label="Pareto front", color="#F0E442", linewidth=7)
-        line.set(alpha=0.7, zorder=0)
+    if shipped:
+        sizes, accuracies = zip(*shipped, strict=True)
+        largest = max(max(curve.x) for curve in curves)
+        style: dict[str, Any] = {
+            "label": "files to ship",
+            "color": "#F0E442",
+            "linewidth": 7,
+            "marker": "o",
+            "markersize": 15,
+        }
+        axes.step(
+            [*sizes, largest], [*accuracies, accuracies[-1]], where="post", markevery=slice(-1), zorder=0, **style
+        )
     _draw_by_bytes(axes, curves)
     _frame(axes, ylabel, LEAST_POINTS)
     _legend(axes)

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdq_lightning.report.advice import Advice, advise
 from kdq_lightning.report.duels import Duel, comparable_files, duels_by_budget, duels_by_file, with_tests
 from kdq_lightning.report.rows import Row, whole_rows
 from kdq_lightning.report.significance import Difference, holm_adjusted, paired_bootstrap
@@ -52,6 +54,11 @@ class Findings:
     file_duels: Sequence[Duel]
     gains: Mapping[Row, Mapping[int, Difference]]
     drops: Sequence[Drop]
+
+    @cached_property
+    def advice(self) -> list[Advice]:
+        """What to ship, a range of budgets after the other; see `advise`."""
+        return advise(self.duels)
 
 
 def find(rows: Sequence[Row]) -> Findings:

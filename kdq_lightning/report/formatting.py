@@ -1,7 +1,9 @@
 """How numbers stand in sentences and tables."""
 
+import math
+
 from kdq_lightning.report.rows import Cell
-from kdq_lightning.report.significance import Difference
+from kdq_lightning.report.significance import LEVEL, Difference
 
 MISSING = "missing"
 
@@ -28,5 +30,7 @@ def format_difference(difference: Difference, with_p: bool = True) -> str:
 
 
 def format_p(p: float) -> str:
-    """Return a p-value as "p = 0.012" or "p = 2e-07"."""
-    return f"p = {p:.3f}" if p >= 0.001 else f"p = {p:.1g}"
+    """Return a p-value as "p = 0.012" or "p = 2e-07"; one below the level never looks as if it were not."""
+    if p < 0.001:
+        return f"p = {p:.1g}"
+    return f"p = {p:.3f}" if (round(p, 3) < LEVEL) == (p < LEVEL) else f"p = {math.floor(p * 10_000) / 10_000:.4f}"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from kdq_lightning.quantization.methods import DEFAULT_METHOD
-from kdq_lightning.report.rows import Row
+from kdq_lightning.report.rows import Row, method_title
 from kdq_lightning.runs.config_hash import settings_of
 
 NAMED = 3  # settings in a label, unless they are too few to tell the rows apart
@@ -25,7 +25,7 @@ def with_different_labels(rows: Sequence[Row]) -> list[Row]:
         details |= dict(zip(alike, _details([first[trained] for trained in alike]), strict=True))
     labelled = []
     for row in rows:
-        method = "" if row.method == DEFAULT_METHOD else f", {row.method}"
+        method = "" if row.method == DEFAULT_METHOD else f", {method_title(row.method)}"
         partial = ", partial" if row.is_partial else ""
         labelled.append(replace(row, label=f"{row.label}{method}{details[_trained(row)]}{partial}"))
     return labelled

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.report.labels import with_different_labels
@@ -68,11 +71,12 @@ def _measurements(folder: Path, records: list[Record], notes: list[str]) -> list
             f" {', '.join(sorted(unknown))}."
         )
     correct = read_correct(folder)
-    vectors = [correct.get(record.correct_key("test")) for record in records]
-    measurements = [
-        Measurement(record, folder, None if vector is None else vector.numpy())
-        for record, vector in zip(records, vectors, strict=True)
-    ]
+
+    def vector(record: Record, split: str) -> NDArray[np.bool_] | None:
+        found = correct.get(record.correct_key(split))
+        return None if found is None else found.numpy()
+
+    measurements = [Measurement(record, folder, vector(record, "test"), vector(record, "val")) for record in records]
     missing = {m.record.bits for m in measurements if m.correct is None and m.record.test_top1 is not None}
     if missing:
         listed = ", ".join(map(str, sorted(missing)))

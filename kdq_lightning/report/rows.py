@@ -14,9 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdq_lightning.files import format_bytes
-from kdq_lightning.quantization.methods import DEFAULT_METHOD, MIXED_METHOD
+from kdq_lightning.quantization.methods import CUSTOM_METHOD, DEFAULT_METHOD, MIXED_METHOD
 from kdq_lightning.runs.records import FLOAT_BITS, MEASURES, Record
 from kdq_lightning.strategies import Appearance
+
+METHOD_TITLES = {"gpfq": "plain GPFQ", MIXED_METHOD: "mixed bits", CUSTOM_METHOD: "own solver or codebook"}
+"""Methods in words; that of `DEFAULT_METHOD` is said nowhere, because it goes without saying."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +30,13 @@ class Measurement:
         record: The record.
         folder: The version's folder that holds it.
         correct: Whether each test image was classified correctly, bool (images,); None if that isn't known.
+        correct_validation: Likewise of the validation images.
     """
 
     record: Record
     folder: Path
     correct: NDArray[np.bool_] | None
+    correct_validation: NDArray[np.bool_] | None = None
 
     @property
     def seed(self) -> int:
@@ -82,6 +87,11 @@ class Cell:
     def correct(self) -> dict[int, NDArray[np.bool_]]:
         """Whether each test image was classified correctly, bool (images,), by seed; seeds without it are left out."""
         return {m.seed: m.correct for m in self.first_peers if m.correct is not None}
+
+    @cached_property
+    def correct_validation(self) -> dict[int, NDArray[np.bool_]]:
+        """As `correct`, of the validation images."""
+        return {m.seed: m.correct_validation for m in self.first_peers if m.correct_validation is not None}
 
     @cached_property
     def levels(self) -> int | None:
@@ -178,7 +188,12 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def trained_label(row: Row) -> str:
     """Return the label of a row without its method: rows that share a trained network have it in common."""
-    return row.label.replace(f", {row.method}", "", 1)
+    return row.label.replace(f", {method_title(row.method)}", "", 1)
+
+
+def method_title(method: str) -> str:
+    """Return what a method is called in labels, such as "plain GPFQ"; a reader need not know its name in records."""
+    return METHOD_TITLES.get(method, method)
 
 
 def method_order(method: str) -> tuple[bool, str]:

@@ -33,6 +33,13 @@ class Difference(NamedTuple):
     runs: int
 
     @property
+    def sign(self) -> int:
+        """1 or -1 of a significant difference, else 0."""
+        if self.p >= LEVEL:
+            return 0
+        return 1 if self.points > 0 else -1
+
+    @property
     def reversed(self) -> "Difference":
         """Second minus first."""
         return self._replace(points=-self.points, low=-self.high, high=-self.low)
