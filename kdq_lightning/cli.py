@@ -65,8 +65,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"kdq-lightning {version('kdq-lightning')}\n" if command == "--version" else OVERVIEW, end="")
         return 0
     if not command.startswith("-") and command not in COMMANDS:
-        near = "".join(f", did you mean {name}" for name in get_close_matches(command, COMMANDS, 1))
-        print(f"kdq: there is no command {command!r}{near}? All commands: kdq --help", file=sys.stderr)
+        near = "".join(f", did you mean {name}?" for name in get_close_matches(command, COMMANDS, 1))
+        print(f"kdq: there is no command {command!r}{near or '.'} All commands: kdq --help", file=sys.stderr)
         return 2
     if not {"-h", "--help"}.isdisjoint(arguments[1:]) and command in PAGES:
         print(first_page(command), end="")

@@ -112,23 +112,23 @@ RUN_KEYS = "its keys are config (str), overrides (dict), seeds (list[int]), weig
 WEIGHTS_KEYS = "its keys are path (str), network (str), mean (numbers), std (numbers), network_args (dict)"
 BAD = [
     ("runs: [", "is not valid YAML: "),
-    ("[3]", f"the study is not understood: Expected keys with values, got [3]; {STUDY_KEYS}"),
-    ("seeds: [0]", f"the study is not understood: the following arguments are required: runs; {STUDY_KEYS}"),
-    ("runs: {a: {config: teacher_cpu.yaml}}\nbudget: 3", f"Option 'budget' is not accepted; {STUDY_KEYS}"),
-    ("runs: []", 'Parser key "runs": Expected a dict. Got value: []'),
+    ("[3]", "holds list [3] where names with values are expected, as in configs/study_cpu.yaml"),
+    ("seeds: [0]", f"the study is not understood: runs must be given; {STUDY_KEYS}"),
+    ("runs: {a: {config: teacher_cpu.yaml}}\nbudget: 3", f"budget is no option; {STUDY_KEYS}"),
+    ("runs: []", "runs must be a group of names with values, got []"),
     ("runs: {}", "the study has no runs: name at least one"),
-    ("runs: {a: {config: teacher_cpu.yaml}}\nseeds: 3", 'Parser key "seeds": Expected a list. Got value: 3'),
-    ("runs: {a: {config: teacher_cpu.yaml}}\nseeds: [1.5]", 'Parser key "seeds": Expected a int. Got value: 1.5'),
+    ("runs: {a: {config: teacher_cpu.yaml}}\nseeds: 3", "seeds must be a list such as [3], got 3"),
+    ("runs: {a: {config: teacher_cpu.yaml}}\nseeds: [1.5]", "seeds must be a whole number, got 1.5"),
     ("runs: {a: {config: teacher_cpu.yaml}}\nseeds: []", "the study has no seeds: name at least one"),
-    ("runs: {a: {config: teacher_cpu.yaml}}\noverrides: 3", 'Parser key "overrides": Expected a dict'),
+    ("runs: {a: {config: teacher_cpu.yaml}}\noverrides: 3", "overrides must be a group of names with values, got 3"),
     ("runs: {a: }", f"run a is not understood: Expected keys with values, got None; {RUN_KEYS}"),
-    ("runs: {a: {seeds: [0]}}", f"run a is not understood: the following arguments are required: config; {RUN_KEYS}"),
+    ("runs: {a: {seeds: [0]}}", f"run a is not understood: config must be given; {RUN_KEYS}"),
     (
         "runs: {a: {config: teacher_cpu.yaml, epochs: 3}}",
-        f"run a is not understood: Option 'epochs' is not accepted; {RUN_KEYS}",
+        f"run a is not understood: epochs is no option; {RUN_KEYS}",
     ),
     ("runs: {a: {config: nothing.yaml}}", "run a names the config nothing.yaml, which does not exist"),
-    ("runs: {a: {config: teacher_cpu.yaml, overrides: [x]}}", 'run a is not understood: Parser key "overrides"'),
+    ("runs: {a: {config: teacher_cpu.yaml, overrides: [x]}}", "run a is not understood: overrides must be a group of"),
     (
         "runs: {a: {config: teacher_cpu.yaml, seeds: [0, 5]}}",
         "run a has the seeds [0, 5]: give some of the study's",
@@ -140,7 +140,7 @@ BAD = [
     ),
     (
         "runs: {a: {config: teacher_cpu.yaml, weights: {path: x, network: y, mean: [1, 2, 3]}}}",
-        f"the group weights of run a is not understood: the following arguments are required: std; {WEIGHTS_KEYS}",
+        f"the group weights of run a is not understood: std must be given; {WEIGHTS_KEYS}",
     ),
 ]
 

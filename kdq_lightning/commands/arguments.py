@@ -1,18 +1,19 @@
-"""Checks options, prints one line about an error instead of jsonargparse's full list, and help one group at a time."""
+"""Parsers that print one line about an error, and help one group at a time; checks of what was parsed."""
 
 import argparse
 import importlib
 import inspect
 import re
 import textwrap
-from collections.abc import Collection, Iterable
-from difflib import get_close_matches
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
+from kdq_lightning.commands.parse_errors import did_you_mean, plain_sentence, split_names
 from kdq_lightning.errors import UserError
 
 _MARKUP = (
@@ -22,11 +23,6 @@ _MARKUP = (
     (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
 )
 """Markup of docstrings that the help would show as it stands: patterns and what replaces them."""
-
-_NO_CONFIG = r"Expected a path but \S+ either not accessible or invalid (?=\S)"
-"""What jsonargparse says first of a class path, as a file may stand in its place; what is wrong with it follows."""
-
-_NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
 
 
 class PlainHelp(DefaultHelpFormatter):
@@ -64,12 +60,19 @@ class OneLineErrors(ArgumentParser):
     """A parser that ends the process with code 2 and one sentence, to which `hint` may add.
 
     An option must be spelt out: argparse would take `--trainer.max_epoch` for `max_epochs`, which a file may not say.
+
+    Attributes:
+        command: The command as one types it, if the parser's `prog` doesn't say it: jsonargparse makes parsers of
+            classes without one.
     """
+
+    command: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Build the parser; see jsonargparse's."""
         if "prog" not in kwargs:  # of a class, for its help
-            kwargs |= {"prog": "kdq COMMAND", "usage": "kdq COMMAND --config FILE [--option=value ...]"}
+            prog = self.command or "kdq COMMAND"
+            kwargs |= {"prog": prog, "usage": f"{prog} --config FILE [--option=value ...]"}
         kwargs.setdefault("formatter_class", PlainHelp)
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
@@ -103,40 +106,81 @@ class OneLineErrors(ArgumentParser):
     @property
     def _command(self) -> str:
         """The command as one types it."""
-        return self.prog.replace(" [options]", "")
+        return self.command or self.prog.replace(" [options]", "")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and end the process with code 2."""
-        sentence = one_sentence(message)
-        hints = f"{self.hint(sentence)}{self._near(sentence)}{_list_hint(sentence)}"
-        self.exit(2, f"kdq: {sentence}{hints} (options: {self._command} --help)\n")
+        """Print the sentence and end the process with code 2; the parser of a class tells the one that asked it."""
+        names, rest = split_names(plain_sentence(message, self._default_of))
+        if rest == "is no option":
+            rest += did_you_mean(names[0], self._option_names(), whole=self.exit_on_error)
+        if rest == "must be given" and len(names) == 1 and (choices := self._choices(names[0])):
+            rest += f": one of {', '.join(choices)}"
+        sentence = f"{', '.join(names)} {rest}".strip()
+        if not self.exit_on_error:
+            raise argparse.ArgumentError(None, sentence) from ex
+        spelt = " and ".join(map(self._spelt, names))
+        command = f"{self._command} {self.help_option(names, message)}"
+        self.exit(2, f"kdq: {f'{spelt} {rest}'.strip()}{self.hint(names, message)} (options: {command})\n")
 
-    def _near(self, sentence: str) -> str:
-        """Return the option that an unknown one may be meant for."""
-        found = re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: --([^ =]+)", sentence)
-        if found is None:
-            return ""
-        known = {option[2:]: option for action in self._actions for option in action.option_strings}
-        known |= {option.rpartition(".")[2]: option for option in known.values()}
-        near = get_close_matches(found[1] or found[2], known, 1, cutoff=0.75)
-        return f", did you mean {near[0] if found[1] else known[near[0]]}?" if near else ""
+    def _option_names(self) -> list[str]:
+        """Return the options, without their dashes; of a parser with commands, those of each command."""
+        parsers = [
+            parser for action in self._actions if isinstance(action.choices, dict) for parser in action.choices.values()
+        ]
+        options = {
+            option for parser in (self, *parsers) for action in parser._actions for option in action.option_strings
+        }
+        return sorted(option[2:] for option in options if option.startswith("--"))
 
-    def hint(self, sentence: str) -> str:
-        """Return what is to be added to jsonargparse's sentence, such as the names to choose from."""
+    def _default_of(self, name: str) -> object:
+        """Return the value of an option that isn't given; None if there is no such option."""
+        return next((action.default for action in self._actions if action.dest == name), None)
+
+    def _choices(self, name: str) -> list[str]:
+        """Return the words that an option may have as its value; nothing if they are not told."""
+        return [str(choice) for action in self._actions if action.dest == name for choice in action.choices or ()]
+
+    def _spelt(self, name: str) -> str:
+        """Return an option as it is written: with dashes, or in capitals if it is a word of its own."""
+        name = name.removeprefix(f"{self._command.rpartition(' ')[2]}.")
+        is_word = any(action.dest == name and not action.option_strings for action in self._actions)
+        if is_word:
+            return name.upper()
+        return name if "." in name else f"--{name}"
+
+    def help_option(self, names: Sequence[str], message: str) -> str:
+        """Return the option that explains these."""
+        return "--help"
+
+    def hint(self, names: Sequence[str], message: str) -> str:
+        """Return what is to be added to the sentence on these options, such as the names to choose from."""
         return ""
 
 
-def _list_hint(sentence: str) -> str:
-    """Return how to write a list of one, where a single value was given for a list."""
-    found = re.search(r"Expected a <class '(?:tuple|list)'>\. Got value: (\S+)", sentence)
-    return f": write [{found[1]}]" if found else ""
+def read_yaml(path: Path, example: str) -> dict[str, Any]:
+    """Return what a YAML file says.
 
+    Args:
+        path: The file.
+        example: A file of its kind, for an error.
 
-def one_sentence(message: str) -> str:
-    """Return a message of jsonargparse in one line, without the lines that say nothing to a user."""
-    lines = [line.strip(" -") for line in message.splitlines()]
-    sentence = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(_NOISE)))
-    return re.sub(_NO_CONFIG, "", sentence)
+    Raises:
+        UserError: If there is no such file, or it holds something else than names with values.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a file such as {example}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8: name a file such as {example}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UserError(f"{path} is not valid YAML: {where}{getattr(error, 'problem', error)}") from error
+    if not isinstance(content, dict):
+        found = "is empty" if content is None else f"holds {type(content).__name__} {content!r:.40}"
+        raise UserError(f"{path} {found} where names with values are expected, as in {example}")
+    return content
 
 
 def check_class_given(settings: Namespace, name: str, later: Collection[str] = ()) -> None:

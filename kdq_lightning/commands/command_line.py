@@ -16,20 +16,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
-from kdq_lightning.commands.arguments import OneLineErrors, check_class_given, check_given
+from kdq_lightning.commands.arguments import check_class_given, check_given
 from kdq_lightning.commands.messages import quieten
+from kdq_lightning.commands.model_parser import GROUPS, Parser, parser_of
 from kdq_lightning.commands.resuming import ResumedRun, find_resumed_run, unfinished_quantization
 from kdq_lightning.data.base import ImageDataModule
-from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule, ImageFolderDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import file_digest
 from kdq_lightning.modules.classifier import Classifier
-from kdq_lightning.modules.dkd import DecoupledKD
-from kdq_lightning.modules.dml import MutualLearning
-from kdq_lightning.modules.hint import HintKD
-from kdq_lightning.modules.mixup import MixupKD
-from kdq_lightning.modules.recover import Recover
-from kdq_lightning.modules.vanilla import VanillaKD
 from kdq_lightning.quantization.packing import is_packed
 from kdq_lightning.runs.checkpoints import find_checkpoint
 from kdq_lightning.runs.config_hash import config_hash, version_hash
@@ -42,22 +36,6 @@ from kdq_lightning.training.lightning_internals import EpochBar, WithoutRunning
 from kdq_lightning.training.post_training import PostTrainingQuantization
 from kdq_lightning.training.result_tables import quantize_command
 from kdq_lightning.training.trainer import Trainer
-
-STRATEGY_CLASSES = (Classifier, VanillaKD, MixupKD, DecoupledKD, HintKD, MutualLearning, Recover)
-SOURCES = (CIFARDataModule, ImageFolderDataModule, DigitsDataModule)
-
-
-class Parser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser."""
-
-    def hint(self, sentence: str) -> str:
-        """Name the classes there are where one is unknown, or say where a file with one is looked for."""
-        if "Problem with given class_path" in sentence and "No module named" in sentence:
-            return ": run the command in the folder that holds the file, or install it"
-        for key, classes in (("model", STRATEGY_CLASSES), ("data", SOURCES)):
-            if f'key "{key}"' in sentence and "Expected a dot import path" in sentence:
-                return f"; known: {', '.join(known.__name__ for known in classes)}"
-        return ""
 
 
 class CommandLine(LightningCLI):
@@ -94,7 +72,7 @@ class CommandLine(LightningCLI):
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         assert isinstance(parser, Parser) and parser.groups is not None
         parser.groups["lr_scheduler"].title = "Schedule of the learning rate, beside --optimizer"
-        parser.add_group_help(["trainer", "model", "data", "quantization", "optimizer", "lr_scheduler"])
+        parser.add_group_help(GROUPS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, then take `--ckpt_path` over from Lightning, which knows neither run folders nor state dicts."""
@@ -169,7 +147,7 @@ class CommandLine(LightningCLI):
             kwargs["precision"] = "32-true"
         try:
             return super().instantiate_trainer(logger=logger, callbacks=callbacks, **kwargs)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ValueError, TypeError) as error:
             raise UserError(f"the trainer refuses its options: {error}") from error
 
     def _callbacks_of_command(self, keeps_checkpoints: bool) -> list[Callback]:
@@ -310,7 +288,7 @@ def build_command_line(kind: type[CommandLine], args: ArgsType) -> CommandLine:
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        parser_class=Parser,
+        parser_class=parser_of(f"kdq {command}" if command in commands else "kdq"),
         parser_kwargs={
             "prog": "kdq",
             "description": "Distil image classifiers, quantize them, and compare at equal bytes.",

@@ -35,14 +35,14 @@ def list_methods() -> Iterator[str]:
 
 def list_strategies() -> Iterator[str]:
     """Yield the classes that `--model` takes."""
-    from kdq_lightning.commands.command_line import STRATEGY_CLASSES  # Lightning, which takes seconds to import
+    from kdq_lightning.commands.model_parser import STRATEGY_CLASSES  # Lightning, which takes seconds to import
 
     yield from map(_described, STRATEGY_CLASSES)
 
 
 def list_data() -> Iterator[str]:
     """Yield the classes that `--data` takes."""
-    from kdq_lightning.commands.command_line import SOURCES
+    from kdq_lightning.commands.model_parser import SOURCES
 
     yield from map(_described, SOURCES)
 

@@ -25,7 +25,8 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from kdq_lightning.commands.arguments import one_sentence
+from kdq_lightning.commands.arguments import read_yaml
+from kdq_lightning.commands.parse_errors import plain_sentence
 from kdq_lightning.data.normalization import Channels
 from kdq_lightning.errors import UserError
 from kdq_lightning.study.run import Run
@@ -101,7 +102,7 @@ def read_study(path: Path, root: Path) -> list[Run]:
     Raises:
         UserError: If the file is missing or says something that isn't understood.
     """
-    study = _parse(Study, _read_yaml(path), f"{path}: the study")
+    study = _parse(Study, read_yaml(path, "configs/study_cpu.yaml"), f"{path}: the study")
     if not study.seeds or not study.runs:
         raise UserError(f"{path}: the study has no {'runs' if study.seeds else 'seeds'}: name at least one")
     entries = {str(name): _parse(RunEntry, entry, f"{path}: run {name}") for name, entry in study.runs.items()}
@@ -141,17 +142,6 @@ def read_study(path: Path, root: Path) -> list[Run]:
     return runs
 
 
-def _read_yaml(path: Path) -> object:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): name a study such as configs/study_cpu.yaml"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
 def _parse(kind: type[Content], content: object, what: str) -> Content:
     """Return a part of the file as one of the dataclasses above.
 
@@ -165,9 +155,8 @@ def _parse(kind: type[Content], content: object, what: str) -> Content:
             raise ArgumentError(None, f"Expected keys with values, got {content!r}")
         return kind(**vars(parser.parse_object(content)))
     except ArgumentError as error:
-        sentence = re.sub(r"<class '(\w+)'>", r"\1", one_sentence(error.message)).rstrip(".")
         known = ", ".join(f"{key} ({_name_of(hint)})" for key, hint in get_type_hints(kind).items())
-        raise UserError(f"{what} is not understood: {sentence}; its keys are {known}") from error
+        raise UserError(f"{what} is not understood: {plain_sentence(error.message)}; its keys are {known}") from error
 
 
 def _name_of(hint: object) -> str:
