@@ -42,7 +42,7 @@ def test_accuracies_of_the_engine():
 
 def test_every_method_solver_and_codebook_is_explained():
     """A row each, in the table of its kind."""
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    lines = [line for line in (ROOT / "docs" / "methods.md").read_text().splitlines() if line.startswith("| ")]
     for kind, names in (
         ("method", [*METHODS, CUSTOM_METHOD, MIXED_METHOD]),
         ("solver", SOLVERS),
@@ -82,10 +82,10 @@ def test_hours_and_gaps_of_the_study():
 
 def test_projection_of_the_published_study():
     plan = yaml.safe_load((RESULTS / "published_cifar10" / "plan.yaml").read_text())
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join((ROOT / "docs" / "studies.md").read_text().split())
     epochs = plan["runs"]["teacher"]["options"]["trainer.max_epochs"]
     assert all(plan["runs"][name]["options"]["trainer.max_epochs"] == epochs for name in ("control", "dml", "hint"))
-    assert f"{epochs} epochs a run on the same two cores" in text
+    assert f"{epochs} epochs a run on two cores of a CPU" in text
     assert f"projects {plan['projected_minutes'] / 60:.0f} hours" in text
     assert f"--budget_minutes {plan['budget_minutes']:.0f} --dry_run" in text
     cells = sum(len(row) for rows in TOP1.values() for row in rows.values())
@@ -127,9 +127,8 @@ def test_report_of_the_quickstart(tmp_path: Path):
 
 
 def test_bytes_of_the_files():
-    """The tables of docs/standard_files.md and README.md are those of the records."""
+    """The table of docs/standard_files.md is that of the records."""
     assert files_table((2, 3, 4, 8)) in (ROOT / "docs" / "standard_files.md").read_text()
-    assert files_table((2,)) in (ROOT / "README.md").read_text()
 
 
 def test_onnx_files_are_hardly_larger_than_packed_ones():

@@ -333,9 +333,9 @@ def test_whether_distilling_helped(tmp_path: Path):
     than = "the control, the same network trained without a teacher and quantized alike"
     test = next(tests[4] for row, tests in findings.gains.items() if row.strategy == "vanilla")
     assert sentences_on_distilling(findings) == (
-        f"Distilling helped with 3 of 5 strategies. Better than {than}: Vanilla KD at every bit width; DKD at 2 bits"
-        " and float; Recovered at 2 bits. Worse: Mixup KD at 2 bits. Not distinguishable from it: Hints. The file to"
-        f" ship from 6.1 kB on, Vanilla KD (resnet18), 4 bits, has 95.00 %, the control quantized alike 85.00 %"
+        f"**Distilling helped with 3 of 5 strategies.** Better than {than}: Vanilla KD at every bit width; DKD at 2"
+        " bits and float; Recovered at 2 bits. Worse: Mixup KD at 2 bits. Not distinguishable from it: Hints. The"
+        f" file to ship from 6.1 kB on, Vanilla KD (resnet18), 4 bits, has 95.00 %, the control quantized alike 85.00 %"
         f" ({format_p(test.p)}, one seed)."
     )
 
@@ -343,11 +343,15 @@ def test_whether_distilling_helped(tmp_path: Path):
         gains = {row: tests for row, tests in findings.gains.items() if row.strategy in strategies}
         return sentences_on_distilling(replace(findings, gains=gains))
 
-    assert said("vanilla").startswith(f"Distilling helped. Better than {than}: Vanilla KD at every bit width. The file")
-    assert said("mixup").startswith(
-        f"Distilling did not help. Worse than {than}: Mixup KD at 2 bits. The best distilled"
+    assert said("vanilla").startswith(
+        f"**Distilling helped.** Better than {than}: Vanilla KD at every bit width. The file"
     )
-    assert said("hint").startswith(f"Whether distilling helped can't be told. Not distinguishable from {than}: Hints.")
+    assert said("mixup").startswith(
+        f"**Distilling did not help.** Worse than {than}: Mixup KD at 2 bits. The best distilled"
+    )
+    assert said("hint").startswith(
+        f"**Whether distilling helped can't be told.** Not distinguishable from {than}: Hints."
+    )
     assert said("hint").endswith(", one seed, not distinguishable).")
     assert said() == ""
 

@@ -36,13 +36,13 @@ def sentences_on_distilling(findings: Findings) -> str:
     verdicts += _verdicts("Worse" if verdicts else f"Worse{than}", worse)
     from_it = " from it" if verdicts else than.replace("than", "from", 1)
     verdicts += [f"Not distinguishable{from_it}: {_listed(others)}."] if others else []
-    said = "Whether distilling helped can't be told."
+    said = "Whether distilling helped can't be told"
     if helped:
         of = "" if len(rows) == 1 else f" with {len(helped)} of {len(rows)} strategies"
-        said = f"Distilling helped{of}."
+        said = f"Distilling helped{of}"
     elif worse:
-        said = "Distilling did not help."
-    return " ".join([said, *verdicts, _on_one_file(findings, gains)])
+        said = "Distilling did not help"
+    return " ".join([f"**{said}.**", *verdicts, _on_one_file(findings, gains)])
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
