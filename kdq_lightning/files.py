@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -81,3 +82,10 @@ def remove_leftovers(folder: Path) -> None:
         for path in folder.rglob(".*"):
             if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > FRESH_SECONDS:
                 path.unlink(missing_ok=True)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders one after the other, up to the first that isn't empty or is gone."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

@@ -159,6 +159,20 @@ def test_no_data_and_no_network(tmp_path, archive, download, packed):
         data.prepare_data()
 
 
+@pytest.mark.parametrize("there", [None, "images.txt"])
+def test_a_failed_download_leaves_nothing(tmp_path, archive, there):
+    """Folders that it made, and the lock; what was there stays."""
+    place = tmp_path / "place"
+    place.mkdir()
+    root = place / "new" / "data"
+    if there:
+        root.mkdir(parents=True)
+        (root / there).touch()
+    with pytest.raises(UserError, match=r"no cifar10 in "):
+        CIFARDataModule(root=root).prepare_data()
+    assert [path.name for path in place.rglob("*")] == (["new", "data", there] if there else [])
+
+
 def test_broken_archive(archive):
     (archive / CIFAR10.base_folder / "data_batch_3").write_bytes(b"")
     with pytest.raises(UserError, match=r"no cifar10 in .*corrupted"):

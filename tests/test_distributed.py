@@ -75,11 +75,12 @@ class FailOnRankOne(Callback):
 def test_an_error_of_a_rank_is_a_sentence(
     option: str, sentence: str, images: Path, workspace: Path, capfd: pytest.CaptureFixture[str]
 ):
-    """Of one rank, or of both; torch passes on its traceback alone."""
+    """Of one rank, or of both; torch passes on its traceback alone, and no folder stays."""
     arguments = ["--config", config("control_cpu"), "--model.init_args.network=resnet8", f"--data.root={images}"]
     assert main(["fit", *arguments, *FEW_STEPS, *TWO, "--trainer.max_epochs=1", option]) == 1
     error = capfd.readouterr().err
     assert error.startswith(sentence) and error.count("\n") == 1
+    assert not list(workspace.iterdir())
 
 
 RANKS = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])

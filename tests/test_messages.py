@@ -5,9 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Callback
 
 from kdq_lightning.cli import main
 from kdq_lightning.commands.messages import sentence_for
+from kdq_lightning.data.datamodules import DigitsDataModule
+from kdq_lightning.modules.classifier import Classifier
+from kdq_lightning.modules.dml import MutualLearning
+from kdq_lightning.modules.teacher import Teacher
+from kdq_lightning.modules.vanilla import VanillaKD
+from kdq_lightning.networks import build_network
+from kdq_lightning.training.trainer import Trainer
 from tests.records import write_run
 from tests.studies import TINY, write_study
 
@@ -15,7 +23,10 @@ FIT = ["fit", "--model=Classifier", "--model.network=resnet8", "--data=DigitsDat
 FIT += ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
 FIT += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--quantization.enabled=false"]
 CALLBACK = "--trainer.callbacks+=lightning.pytorch.callbacks"
-LOGGED = "which this run doesn't log: give its monitor one of val/top1, val/top5"
+NAMES = "val/top1, val/top5, val/ece, val/loss, train/loss, train/top1, lr"
+LOGGED = f"which this run doesn't log: give its monitor one of {NAMES}"
+MEANT = f"which this run doesn't log: did you mean val/top1? It logs {NAMES}"
+PLATEAU = ["--optimizer=SGD", "--optimizer.lr=0.1", "--lr_scheduler=ReduceLROnPlateau"]
 
 
 def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -35,17 +46,59 @@ def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["--trainer.val_check_interval=1000"], "val_check_interval 1000 is more than an epoch's batches, 1: give no"),
         (["--trainer.val_check_interval=2"], "val_check_interval 2 is more than an epoch's batches, 1: give no"),
-        ([f"{CALLBACK}.EarlyStopping", "--trainer.callbacks.monitor=top1"], f"EarlyStopping watches top1, {LOGGED}"),
+        ([f"{CALLBACK}.EarlyStopping", "--trainer.callbacks.monitor=top1"], f"EarlyStopping watches top1, {MEANT}"),
         ([f"{CALLBACK}.EarlyStopping", "--trainer.callbacks.monitor=a/b"], f"EarlyStopping watches a/b, {LOGGED}"),
-        ([f"{CALLBACK}.ModelCheckpoint", "--trainer.callbacks.monitor=top1"], f"Checkpoint watches top1, {LOGGED}"),
+        ([f"{CALLBACK}.ModelCheckpoint", "--trainer.callbacks.monitor=top1"], f"Checkpoint watches top1, {MEANT}"),
         ([f"{CALLBACK}.ModelCheckpoint", "--trainer.callbacks.monitor=a/b"], f"Checkpoint watches a/b, {LOGGED}"),
+        ([*PLATEAU, "--lr_scheduler.monitor=val/acc"], f"ReduceLROnPlateau watches val/acc, {MEANT}"),
+        (
+            [f"{CALLBACK}.EarlyStopping", "--trainer.callbacks.monitor=val/top1", "--trainer.limit_val_batches=0"],
+            "watches val/top1, which this run doesn't log: give its monitor one of train/loss, train/top1, lr\n",
+        ),
+        (["--trainer.max_epochs=0"], "trainer.max_epochs 0 trains nothing: give more"),
+        (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches 0 trains nothing: give more"),
+        (["--trainer.devices=many"], "the trainer refuses its options: `devices` selected with `CPUAccelerator`"),
         (["--trainer.precision=8"], "Precision '8' is invalid"),
         (["--trainer.precision=float8"], "Precision 'float8' is invalid"),
         (["--trainer.callbacks+=ModelCheckpoint"], "full class path to avoid ambiguity: lightning.pytorch.callbacks."),
     ],
 )
 def test_wrong_options(arguments: list[str], sentence: str, workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Before an epoch is trained: nothing is printed for one, and nothing is left behind."""
     assert sentence in failure([*FIT, *arguments], capsys)
+    assert not list(workspace.iterdir())
+
+
+OWN_MONITOR = [f"{CALLBACK}.EarlyStopping", "--trainer.callbacks.monitor=own"]
+
+
+class LogOwn(Callback):
+    """Logs a name of its own."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("own", 1.0)
+
+
+def test_what_a_callback_of_the_user_logs_can_be_watched(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    assert "EarlyStopping watches own" in failure([*FIT, *OWN_MONITOR], capsys)
+    assert main([*FIT, "--trainer.callbacks+=tests.test_messages.LogOwn", *OWN_MONITOR]) == 0
+
+
+@pytest.mark.parametrize("kind", [Classifier, VanillaKD, MutualLearning])
+def test_all_that_is_logged_is_known(kind: type[Classifier], workspace: Path):
+    """A module says beforehand all names that it logs in an epoch, except for the parts of its loss."""
+    data = DigitsDataModule(batch_size=64)
+    data.setup()
+    teacher = Teacher(build_network("resnet8", 10), data.statistics, "resnet8") if kind is VanillaKD else None
+    options = {"networks": ["resnet8", "resnet8"]} if kind is MutualLearning else {"network": "resnet8"}
+    options |= {"num_classes": 10, **({"teacher": "unused"} if teacher else {})}
+    module = kind.for_timing(options, teacher, False)
+    few = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **few)
+    trainer.fit(module, data)
+    logged = set(trainer.callback_metrics) - {"step"}
+    parts = logged - set(module.logged_names())
+    assert set(module.logged_names()) == logged - parts and all(name.startswith("train/") for name in parts)
 
 
 @pytest.mark.parametrize(("logger", "package"), [("WandbLogger", "wandb"), ("CometLogger", "comet-ml")])

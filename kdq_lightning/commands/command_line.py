@@ -33,6 +33,7 @@ from kdq_lightning.training.dashboard import Dashboard
 from kdq_lightning.training.header import LABEL, Header
 from kdq_lightning.training.interruption import StoppedByUser
 from kdq_lightning.training.lightning_internals import EpochBar, WithoutRunning
+from kdq_lightning.training.monitors import CheckMonitors
 from kdq_lightning.training.post_training import PostTrainingQuantization
 from kdq_lightning.training.result_tables import quantize_command
 from kdq_lightning.training.trainer import Trainer
@@ -83,6 +84,9 @@ class CommandLine(LightningCLI):
         check_class_given(config.model, "model", later=["num_classes"])
         check_class_given(config.data, "data", later=["num_classes"])
         _expand_home(config)
+        for key in ("max_epochs", "max_steps", "limit_train_batches"):
+            if self.config.subcommand == "fit" and config.trainer[key] == 0:
+                raise UserError(f"trainer.{key} 0 trains nothing: give more; what is trained, kdq quantize quantizes")
         if config.get("lr_scheduler") and not config.get("optimizer"):
             raise UserError("--lr_scheduler belongs to an optimizer that you choose: give --optimizer, too")
         self.root = Path(config.trainer.default_root_dir).absolute()
@@ -152,7 +156,7 @@ class CommandLine(LightningCLI):
 
     def _callbacks_of_command(self, keeps_checkpoints: bool) -> list[Callback]:
         if self.subcommand == "fit":
-            return [RunFolder(), *(checkpoint_callbacks() if keeps_checkpoints else [])]
+            return [CheckMonitors(), RunFolder(), *(checkpoint_callbacks() if keeps_checkpoints else [])]
         if self.subcommand == "quantize":
             return [RunFolder()]
         if self.subcommand == "predict":
@@ -181,6 +185,14 @@ class CommandLine(LightningCLI):
         if not is_version(version):
             version = Path(Dashboard(self.root, f"{self.run_name}-predicted").log_dir)
         return version / (f"predictions-{weights.stem}.csv" if is_packed(weights) else "predictions.csv")
+
+    def before_fit(self) -> None:
+        """Claim the version before there are further processes, so that this one can remove it if one of them fails."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, Dashboard):
+                logger.claim()
+
+    before_quantize = before_fit
 
     def before_predict(self) -> None:
         """Let the datamodule predict the images of a folder, if one is given."""

@@ -15,6 +15,7 @@ from kdq_lightning.data.folders import class_folders, read_class_folders
 from kdq_lightning.data.images import ImageSet, canonical_set, joined, stratified_sample
 from kdq_lightning.data.normalization import Channels
 from kdq_lightning.errors import UserError
+from kdq_lightning.files import remove_empty
 
 _CIFAR = {
     "cifar10": (CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -92,9 +93,16 @@ class CIFARDataModule(ImageDataModule):
         except RuntimeError:
             if not (self.download or check_integrity(self.root / self._archive.filename, self._archive.tgz_md5)):
                 raise
+            made = [place for place in (self.root, *self.root.parents) if not place.exists()]
             self.root.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.root / f".{self.dataset}.lock"):  # several runs of a study may want it at once
-                self._archive(self.root, train=False, download=True)
+            lock = self.root / f".{self.dataset}.lock"
+            try:
+                with FileLock(lock):  # several runs of a study may want it at once
+                    self._archive(self.root, train=False, download=True)
+            except (OSError, RuntimeError):
+                lock.unlink(missing_ok=True)
+                remove_empty(made)
+                raise
 
     def read(self) -> tuple[ImageSet, ImageSet]:
         """Return training and test set from whichever source is there."""

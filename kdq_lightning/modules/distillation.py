@@ -179,6 +179,10 @@ class Distillation(Classifier):
             self.agreement.update(torch.stack(same).float())
         return logits
 
+    def logged_names(self) -> list[str]:
+        """Return what `fit` logs in every epoch, the agreement with the teacher included."""
+        return [*super().logged_names(), *(["val/agreement"] if self.teacher is not None else [])]
+
     def on_validation_epoch_end(self) -> None:
         """Log the scores, and the share of images that student and teacher give the same class, in percent."""
         super().on_validation_epoch_end()

@@ -66,6 +66,10 @@ class EvaluatedModule(LightningModule):
         self.scores.update(logits, batch.labels, batch.index)
         return logits
 
+    def logged_names(self) -> list[str]:
+        """Return what `fit` logs in every epoch, except for the parts of a loss; what matters most comes first."""
+        return [f"val/{key}" for key in self.scores.logged_names()]
+
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the validation images; accuracies in percent."""
         self._log_scores("val")

@@ -10,6 +10,9 @@ LOGGED = {"top1": "top1", "top5": "top5", "ece": "ece", "loss": "nll"}
 """The fields of an evaluation by the names that they are logged under."""
 
 
+OF_EACH = [name for name in LOGGED if name != "loss"]  # of several networks, beside the means
+
+
 class Scores(nn.Module):
     """An evaluator a network; a module, so that they move to the device with the one that holds them."""
 
@@ -30,6 +33,11 @@ class Scores(nn.Module):
         for name, values in logits.items():
             self.evaluators[self.names.index(name)].update(values, labels, index)  # type: ignore[operator]
 
+    def logged_names(self) -> list[str]:
+        """Return the names of the scores."""
+        peers = self.names if len(self.names) > 1 else []
+        return [*LOGGED, *(f"{key}/{name}" for name in peers for key in OF_EACH)]
+
     def compute_and_reset(self) -> dict[str, float]:
         """Return the scores over all ranks' images, and start afresh.
 
@@ -47,9 +55,8 @@ class Scores(nn.Module):
         }
         if len(evaluations) > 1:
             scores |= {
-                f"{key}/{name}": getattr(evaluation, field)
+                f"{key}/{name}": getattr(evaluation, LOGGED[key])
                 for name, evaluation in evaluations.items()
-                for key, field in LOGGED.items()
-                if key != "loss"
+                for key in OF_EACH
             }
         return scores

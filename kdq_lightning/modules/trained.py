@@ -118,6 +118,10 @@ class TrainedModule(EvaluatedModule):
 
     # --- steps and epochs
 
+    def logged_names(self) -> list[str]:
+        """Return what `fit` logs in every epoch, except for the parts of a loss."""
+        return [*super().logged_names(), "train/loss", "train/top1", "lr"]
+
     def on_train_start(self) -> None:
         """Start the epoch's sums: Lightning skips `on_train_epoch_start` when it resumes within an epoch."""
         self.on_train_epoch_start()

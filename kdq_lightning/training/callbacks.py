@@ -15,7 +15,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import SaveConfigCallback
 
 from kdq_lightning.data.base import ImageDataModule
-from kdq_lightning.files import remove_leftovers, write_atomically
+from kdq_lightning.files import remove_empty, remove_leftovers, write_atomically
 from kdq_lightning.runs.records import RECORDS
 from kdq_lightning.runs.versions import is_version, mark_finished
 from kdq_lightning.training.lightning_internals import ModelCheckpoint, started_processes
@@ -57,11 +57,12 @@ class RunFolder(Callback):
             mark_finished(Path(folder))
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the folder if it holds neither a checkpoint nor a record."""
+        """Remove the folder if it holds neither a checkpoint nor a record, and those above it that are empty then."""
         if trainer.is_global_zero and trainer.logger and trainer.global_step == 0:
             folder = Path(trainer.logger.log_dir or "")
             if is_version(folder) and not any((folder / kept).exists() for kept in KEPT):
                 shutil.rmtree(folder, ignore_errors=True)
+                remove_empty([folder.parent, Path(trainer.default_root_dir)])
 
 
 class LogSteps(Callback):

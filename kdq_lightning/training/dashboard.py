@@ -37,6 +37,11 @@ class Dashboard(TensorBoardLogger):
         super().__init__(root, name, version, default_hp_metric=False, purge_step=purge_step)
         self._claimed = version
 
+    def claim(self) -> None:
+        """Make the run's folder, if this process is the one that writes."""
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            _ = self.version
+
     @property
     def version(self) -> int:
         """The run's number; the folder is made with it, so two runs that start at once never share one."""
