@@ -14,6 +14,7 @@ from PIL import Image
 from kdq_lightning.cli import main
 from kdq_lightning.commands.report import write_report
 from kdq_lightning.errors import UserError
+from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS, MIXED_METHOD
 from kdq_lightning.report.advice import is_better
 from kdq_lightning.report.answer import answer, verdict
 from kdq_lightning.report.document import KINDS
@@ -30,8 +31,11 @@ from kdq_lightning.report.shipping import advice_table, choose_measurement, sent
 from kdq_lightning.report.significance import Difference, holm, paired_bootstrap
 from kdq_lightning.report.table_formats import to_csv, to_latex, to_markdown
 from kdq_lightning.report.tables import gain_table, measure_table
+from kdq_lightning.report.words import METHODS as METHODS_IN_WORDS
+from kdq_lightning.report.words import STRATEGIES as STRATEGIES_IN_WORDS
+from kdq_lightning.report.words import words
 from kdq_lightning.runs.records import CORRECT, packed_path, read_correct, read_records, write_records
-from kdq_lightning.strategies import appearances
+from kdq_lightning.strategies import APPEARANCES, appearances
 from tests.records import ACCURACIES, WIDTHS, draw_correct, write_run, write_study
 
 STRATEGIES = list(ACCURACIES)
@@ -94,8 +98,8 @@ def _table(report: Path, first: str) -> list[str]:
 
 def test_markdown_says_what_others_rely_on(report: Path):
     text = (report / "report.md").read_text()
-    for words in ("±", "p = ", "equal bytes", "not distinguishable", "cifar10", "cifar100", "## The answer"):
-        assert words in text
+    for said in ("±", "p = ", "equal bytes", "not distinguishable", "cifar10", "cifar100", "## The answer"):
+        assert said in text
     assert "Without any record: DKD, Hints." in text and str(report) not in text
     names = re.findall(r"\]\((.*?)\)", text)
     assert {name.rsplit(".")[-1] for name in names} == {"svg", "csv", "md"}
@@ -121,6 +125,25 @@ def test_a_few_images_are_no_cliff(tmp_path: Path, accuracies: dict[int, float],
     for name in ("accuracy_vs_bits", "accuracy_vs_bytes", "methods"):
         low, high = figures[name].axes[0].get_ylim()
         assert high - low >= span - 1e-6 and low < min(accuracies.values()) and high > max(accuracies.values()), name
+
+
+def test_yellow_passes_through_the_files_to_ship(study: Path):
+    """Not through the highest points: nobody knows these before looking at the test images."""
+    findings = _findings(study)
+    axes = draw_figures(findings)["accuracy_vs_bytes"].axes[0]
+    (line,) = [line for line in axes.lines if line.get_label() == "files to ship"]
+    shipped = [(a.file.cell.packed_bytes, a.file.cell.summaries["test_top1"].mean) for a in findings.advice]
+    assert list(zip(*line.get_data(), strict=True))[: len(shipped)] == shipped and len(shipped) >= 3
+
+
+def test_the_words_of_every_strategy_and_method_are_explained(study: Path, report: Path):
+    """Those of the project; a report explains those that it shows."""
+    assert STRATEGIES_IN_WORDS.keys() == APPEARANCES.keys()
+    assert METHODS_IN_WORDS.keys() == {*METHODS, MIXED_METHOD, CUSTOM_METHOD}
+    strategies, methods = words(_findings(study).rows)
+    assert [strategies.count(f"*{APPEARANCES[name].title}*:") for name in (*STRATEGIES, "dkd")] == [1] * 5 + [0]
+    assert "*default*:" in methods and "*plain GPFQ*:" not in methods
+    assert strategies in (report / "report.md").read_text()
 
 
 def test_unknown_strategies_in_all_figures_and_tables(tmp_path: Path):

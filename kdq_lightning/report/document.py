@@ -204,8 +204,8 @@ FIGURES = {
     " a strategy with one seed has none. Points at the same place are drawn side by side.",
     "accuracy_vs_bits": "Accuracy against bits a weight. Dashed lines are the float networks. At equal bits the"
     " teacher's file is larger: who is higher here has not won.",
-    "methods": "Accuracy against bits of each method of quantizing. Hollow markers: the published study, with the"
-    " networks in brackets.",
+    "methods": "Accuracy against bits of each method of quantizing. Hollow markers, where there are any: the published"
+    " study, with the networks in brackets.",
 }
 """The figures that the report shows, with what stands under each; it links the others."""
 
