@@ -17,6 +17,7 @@ from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.runs.records import Record, packed_path, read_records
 from kdq_lightning.study.cost import Architecture
 from tests.jpegs import PATTERNS, write_jpegs
+from tests.printed import scores
 from tests.studies import TINY, write_study
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "any_network.md").read_text()
@@ -48,7 +49,7 @@ def rows(run: str, method: str = "default") -> dict[int, Record]:
 
 def accuracy(printed: str) -> float:
     """Return the accuracy in the table that `kdq test` prints, in percent."""
-    return float(next(line for line in printed.splitlines() if "test/top1 " in line).split("│")[2])
+    return scores(printed)[0]
 
 
 @pytest.mark.slow(seconds=300)

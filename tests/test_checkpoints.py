@@ -18,6 +18,7 @@ from kdq_lightning.quantization import Quantized, quantize
 from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.runs.trained_network import Description, load_state
 from tests.conftest import FEW_STEPS, config
+from tests.printed import scores
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
 TOLD = {"network": "resnet8", "num_classes": "10", "mean": json.dumps(MEAN), "std": json.dumps(STD)}
@@ -72,8 +73,7 @@ def test_validate_test_and_predict_on_a_packed_file(
     expected = 100 * float((probability.argmax(1) == labels).double().mean())
     for place in ("--ckpt_path", "--model.init_args.weights"):
         assert command("test", images, SMALL, f"{place}={packed}") == 0
-        line = next(line for line in capsys.readouterr().out.splitlines() if "test/top1 " in line)
-        assert float(line.split("│")[2]) == pytest.approx(expected, abs=1e-4)
+        assert scores(capsys.readouterr().out) == [pytest.approx(expected, abs=0.005)]
     assert command("validate", images, SMALL, f"--ckpt_path={packed}") == 0
     assert command("predict", images, SMALL, f"--ckpt_path={packed}") == 0
     assert not (packed.parents[1] / "predictions.csv").exists(), "those of the float network"
@@ -122,7 +122,7 @@ def test_one_packed_peer_of_two(packed: Path, images: Path, capsys: pytest.Captu
     arguments = ["--model.init_args.networks=[resnet14,resnet8]", f"--model.init_args.weights={packed}"]
     assert command("test", images, *arguments, strategy="dml") == 0
     printed = capsys.readouterr().out
-    assert "test/top1" in printed and "/peer" not in printed
+    assert len(scores(printed)) == 1 and "mean" not in printed
     assert command("fit", images, *arguments, strategy="dml") == 1
     assert "holds resnet8; peer0, peer1 is asked for" in capsys.readouterr().err
 

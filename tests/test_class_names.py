@@ -18,6 +18,7 @@ from kdq_lightning.data.images import ImageSet
 from kdq_lightning.errors import UserError
 from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.runs.class_names import class_order, decode_names, encode_names
+from tests.printed import scores
 
 NAMES = ["seven", "one, two", "näht", "a/b\n%", os.fsdecode(b"caf\xe9"), "", " "]
 
@@ -147,8 +148,7 @@ def test_the_same_classes_of_other_data_are_taken(trained: Path, workspace: Path
 
 
 def accuracy(capsys: pytest.CaptureFixture[str]) -> float:
-    line = next(line for line in capsys.readouterr().out.splitlines() if "test/top1 " in line)
-    return float(line.split("│")[2])
+    return scores(capsys.readouterr().out)[0]
 
 
 @pytest.mark.parametrize("file", ["run", "packed"])
@@ -161,8 +161,7 @@ def test_another_order_is_mapped(file: str, trained: Path, workspace: Path, caps
     assert main(["test", "--model=Classifier", *QUICK, *BACKWARDS, f"--ckpt_path={path}"]) == 0
     printed = capsys.readouterr().out
     assert "they are put in the data's, 9, 8, 7, 6, ..." in " ".join(printed.split())
-    line = next(line for line in printed.splitlines() if "test/top1 " in line)
-    assert float(line.split("│")[2]) == pytest.approx(expected, abs=1e-6)
+    assert scores(printed) == [expected]
 
 
 def test_a_network_of_another_order_teaches_and_recovers(trained: Path, workspace: Path):

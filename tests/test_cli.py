@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from kdq_lightning.commands.help_pages import PAGES
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from tests.conftest import CONFIGS, FEW_STEPS, config
+from tests.printed import scores
 from tests.processes import run_in_fork
 
 STRATEGIES = ["teacher", "control", "vanilla", "mixup", "dkd", "hint", "dml"]
@@ -103,8 +105,13 @@ def test_quickstart_then_test_and_predict(workspace: Path, capsys: pytest.Captur
     quick += ["--quantization.methods=[default]"]
     assert main(["fit", *quick, "--trainer.max_epochs=3"]) == 0
     assert main(["test", *quick, "--ckpt_path", "runs/quickstart"]) == 0
-    table = [line for line in capsys.readouterr().out.splitlines() if "test/top1 " in line]
-    assert float(table[0].split("│")[2]) > 60
+    printed = capsys.readouterr().out
+    table = printed[printed.rindex("digits: test images") :]
+    mean, *peers = scores(table)
+    assert mean > 60 and mean == pytest.approx(sum(peers) / 2, abs=0.011)
+    assert [len(scores(table, name)) for name in ("top-5, %", "ECE, %", "loss")] == [3, 3, 1]
+    assert "peer0 resnet8" in table and "peer1 resnet14" in table and max(map(len, table.splitlines())) <= 80
+    assert all(len(number.partition(".")[2]) in (2, 4) for number in re.findall(r"\d+\.\d+", table))
     assert main(["predict", *quick, "--ckpt_path", "runs/quickstart"]) == 0
     with (workspace / "runs/quickstart/version_0/predictions.csv").open() as file:
         rows = list(csv.DictReader(file))

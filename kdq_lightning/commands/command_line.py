@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
 from torch.optim import Optimizer
 
 from kdq_lightning.commands.arguments import check_class_given, check_given
@@ -35,7 +36,7 @@ from kdq_lightning.training.interruption import StoppedByUser
 from kdq_lightning.training.lightning_internals import EpochBar, WithoutRunning
 from kdq_lightning.training.monitors import CheckMonitors
 from kdq_lightning.training.post_training import PostTrainingQuantization
-from kdq_lightning.training.result_tables import quantize_command
+from kdq_lightning.training.result_tables import SCORES_EXPLAINED, quantize_command, scores_table
 from kdq_lightning.training.trainer import Trainer
 
 
@@ -230,6 +231,23 @@ class CommandLine(LightningCLI):
                 f"{run.folder} is finished: nothing is left to train or to quantize; leave out --ckpt_path to start a"
                 " new version"
             )
+
+    def test(self, verbose: bool = True, **kwargs: Any) -> None:
+        """Evaluate on the test images, and print the table unless `verbose` is off."""
+        self._evaluate("test", verbose, **kwargs)
+
+    def validate(self, verbose: bool = True, **kwargs: Any) -> None:
+        """Evaluate on the validation images, and print the table unless `verbose` is off."""
+        self._evaluate("validate", verbose, **kwargs)
+
+    def _evaluate(self, command: str, verbose: bool, **kwargs: Any) -> None:
+        """Evaluate, and print our table in place of Lightning's, which has 14 decimals."""
+        scores = getattr(self.trainer, command)(**kwargs, verbose=False)
+        if verbose and self.trainer.is_global_zero and scores:
+            split = "test" if command == "test" else "validation"
+            title = f"{self.datamodule.dataset}: {split} images"
+            Console().print(scores_table(title, scores[0], self.model.network_names()))
+            print(SCORES_EXPLAINED)
 
     def after_fit(self) -> None:
         """Say how to quantize a run that has only been trained."""

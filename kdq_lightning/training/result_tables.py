@@ -1,7 +1,7 @@
-"""The table of a run's records, for the terminal and for TensorBoard, and what to type next."""
+"""The tables of a run's records and of an evaluation, for the terminal and for TensorBoard, and what to type next."""
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -16,6 +16,11 @@ NARROW = ("method", "bits", "levels", "kB", "val top-1", "test top-1", "agreemen
 COLUMNS = (*NARROW, "flips", "relative error", "recipe")
 
 CAPTION = "kB: of the packed file; agreement: images with the float network's class"
+
+SCORES = {"top1": ("top-1, %", 2), "top5": ("top-5, %", 2), "ece": ("ECE, %", 2), "loss": ("loss", 4)}
+"""What `kdq test` calls a score, and its decimals."""
+
+SCORES_EXPLAINED = "top-5: the class is among the five likeliest; ECE: confidence against accuracy"
 
 
 def table_rows(records: Iterable[Record]) -> list[list[str]]:
@@ -73,6 +78,28 @@ def terminal_table(records: Sequence[Record]) -> Table:
         rows = table_rows(group)
         for i, row in enumerate(rows):
             table.add_row("" if i else name, *row[: len(NARROW)], end_section=i == len(rows) - 1)
+    return table
+
+
+def scores_table(title: str, scores: Mapping[str, float], networks: Mapping[str, str]) -> Table:
+    """Return the table of `kdq test` and `kdq validate`, at most 80 columns wide for a few networks.
+
+    Args:
+        title: Above the names of the scores.
+        scores: What was logged, by names such as `test/top1` and, of several networks, `test/top1/peer0`.
+        networks: Name that each network was built by; the first column is the mean if there are several.
+    """
+    names = [name.partition("/")[2] for name in scores]
+    peers = [peer for peer in networks if any(name.endswith(f"/{peer}") for name in names)]
+    values = dict(zip(names, scores.values(), strict=True))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(title, no_wrap=True)
+    for column in ["mean", *(f"{peer} {networks[peer]}" for peer in peers)] if peers else networks.values():
+        table.add_column(column, justify="right")
+    for name in dict.fromkeys(name for name in names if not name.endswith(tuple(f"/{peer}" for peer in peers))):
+        label, decimals = SCORES.get(name, (name, 4))
+        cells = [values.get(key) for key in (name, *(f"{name}/{peer}" for peer in peers))]
+        table.add_row(label, *(format_number(cell, decimals) for cell in cells))
     return table
 
 
