@@ -107,7 +107,12 @@ def test_a_budget_is_planned_and_kept(workspace: Path, known_seconds: list[Class
     assert measured == {("muon", 0.1)} and {module.learning_rate for module in known_seconds} == {cost.LEARNING_RATE}
     assert plan["projected_minutes"] == pytest.approx(total, abs=0.06)
     assert 0.9 * 570 < total <= 570  # an epoch more of each would be too many
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    lines = told.splitlines()
+    assert lines[0] == "[1/5] teacher, seed 0: measuring training batches of 128 images of 8 x 8", told
+    assert re.fullmatch(r"\[5/5\] dml, seed 1: \d+\.\d s an epoch, \d+ s after training", lines[-1]), told
+    ends = [line for line in lines if "measuring" not in line]
+    assert len(ends) == 5 and len(lines) == len(set(lines)) > 5 and "\x1b" not in told
     assert f"--trainer.max_epochs={epochs} " in printed and f"projected: {total:.1f} of 600 minutes" in printed
 
 

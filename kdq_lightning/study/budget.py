@@ -13,8 +13,10 @@ runs:
 ```
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +125,18 @@ def plan_runs(meter: CostMeter) -> list[PlannedRun]:
         for key, value in options[run].items():
             meter.change(run, key, value)
     planned = []
-    for run in meter.runs:
+    for number, run in enumerate(meter.runs, start=1):
+        place = f"[{number:{len(str(len(meter.runs)))}}/{len(meter.runs)}] {run.label}"
+        meter.announce = partial(_tell, f"{place}: measuring")
         cost = meter.measure(run)
-        print(f"measured {run.label}: {cost.epoch:.1f} s an epoch, {cost.after:.0f} s after training", flush=True)
+        _tell(f"{place}: {cost.epoch:.1f} s an epoch, {cost.after:.0f} s after training")
         planned.append(PlannedRun(run, cost, options[run], meter.max_epochs(run), len(meter.image_sizes(run))))
     return planned
+
+
+def _tell(*words: str) -> None:
+    """Print how far it is, at once and beside what the command is asked for."""
+    print(*words, file=sys.stderr, flush=True)
 
 
 def make_plan(runs: Sequence[Run], chosen: Sequence[Run], minutes: float, devices: int, path: Path) -> None:

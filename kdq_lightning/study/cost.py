@@ -53,14 +53,17 @@ class Architecture(NamedTuple):
 class CostMeter:
     """Measures what runs take; what has the same networks, options and images is measured once."""
 
-    def __init__(self, runs: Iterable[Run], at_once: int = 1) -> None:
+    def __init__(
+        self, runs: Iterable[Run], at_once: int = 1, announce: Callable[[str], None] = lambda what: None
+    ) -> None:
         """Read the settings of all runs of a study.
 
         Args:
             runs: All of them, in order: teachers are looked up among them, and logits that an earlier one keeps.
             at_once: How many of them run at the same time.
+            announce: Told what is measured next, in words, as a measurement can take minutes.
         """
-        self.runs, self.at_once = list(runs), at_once
+        self.runs, self.at_once, self.announce = list(runs), at_once, announce
         self.configs = {run: read_settings(run.settings_arguments).config for run in self.runs}
         on_cpu = any(config["trainer"]["accelerator"] == "cpu" for config in self.configs.values())
         self.device = torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
@@ -121,8 +124,8 @@ class CostMeter:
             if teacher := self._teacher_network(run):
                 after += evaluated * self.forward_seconds(teacher, data)
             count = quantization["calibration_images"]
-            for method in methods.values():
-                after += sum(self.quantization_seconds(network, data, count, bits, method) for network in networks)
+            for name, method in methods.items():
+                after += sum(self.quantization_seconds(net, data, count, bits, name, method) for net in networks)
         if run.command != "fit":
             return RunCost(0.0, after)
         sizes = self.image_sizes(run)
@@ -152,7 +155,8 @@ class CostMeter:
                 data.image_sizes = own
 
         taught = str(self._teacher_network(run)), self._finds_logits(run)
-        return self._once((type(module), str(module.hparams), *taught, size, str(options), id(data)), measure)
+        key = (type(module), str(module.hparams), *taught, size, str(options), id(data))
+        return self._once(f"training batches of {data.batch_size} images of {size} x {size}", key, measure)
 
     def _strategy(self, run: Run) -> type[Classifier]:
         strategy: type[Classifier] = load_class(self.configs[run]["model"]["class_path"])
@@ -213,7 +217,7 @@ class CostMeter:
         def measure() -> float:
             return interleaved({"forward": forward}, REPEATS)["forward"].median / len(images)
 
-        return self._once(("forward", str(architecture), id(data)), measure)
+        return self._once(f"an evaluation by {architecture.name}", ("forward", str(architecture), id(data)), measure)
 
     def quantization_seconds(
         self,
@@ -221,9 +225,19 @@ class CostMeter:
         data: ImageDataModule,
         count: int,
         bits: Sequence[int],
+        name: str,
         method: Mapping[str, Any],
     ) -> float:
-        """Return the seconds of quantizing a network by a method at all bit widths together, on `count` images."""
+        """Return the seconds of quantizing a network by a method at all bit widths together, on `count` images.
+
+        Args:
+            architecture: The network.
+            data: Its images.
+            count: Number of them.
+            bits: Bit widths.
+            name: Of the method.
+            method: Its options.
+        """
         network, images = self._network_and_images(architecture, data, count)
 
         def measure() -> float:
@@ -231,7 +245,8 @@ class CostMeter:
             quantize(network, [images], bits, **method)
             return time.perf_counter() - start
 
-        return self._once(("quantize", str(architecture), count, bits, str(method), id(data)), measure)
+        what = f"the quantization of {architecture.name} on {count} images, method {name}"
+        return self._once(what, ("quantize", str(architecture), count, bits, str(method), id(data)), measure)
 
     def _network_and_images(
         self, architecture: Architecture, data: ImageDataModule, count: int
@@ -239,7 +254,15 @@ class CostMeter:
         network = architecture.build(data).eval().to(self.device).to(memory_format=torch.channels_last)
         return network, data.normalize(data.train_set.images[:count]).to(self.device)
 
-    def _once(self, key: tuple[object, ...], measure: Callable[[], float]) -> float:
+    def _once(self, what: str, key: tuple[object, ...], measure: Callable[[], float]) -> float:
+        """Return the seconds of something that is measured the first time it is asked for.
+
+        Args:
+            what: It is, in words.
+            key: All that its seconds depend on.
+            measure: Returns its seconds.
+        """
         if key not in self._seconds:
+            self.announce(what)
             self._seconds[key] = measure()
         return self._seconds[key]

@@ -41,7 +41,7 @@ def run(args: Namespace) -> dict[str, Any]:
     options += [f"--data.root={args.root}"] if args.root else []
     options += [f"--model.init_args.teacher_network={args.teacher_network}"] if args.teacher_network else []
     only = Run(args.config.stem, 0, "fit", tuple(options), Path("runs"), needs=())
-    meter = CostMeter([only])
+    meter = CostMeter([only], announce=lambda what: print("measuring", what, file=sys.stderr, flush=True))
     epochs, cost = meter.max_epochs(only), meter.measure(only)
     training, after = epochs * cost.epoch / 60, cost.after / 60
     print_table(
