@@ -279,6 +279,25 @@ def test_goes_on_past_a_failed_run(
         execution.execute(runs[:1], 1, progress)
 
 
+@pytest.mark.parametrize(("kind", "code"), [(KeyboardInterrupt, 130), (lambda: SystemExit(130), 130),
+    (lambda: SystemExit(143), 143)], ids=["Ctrl-C at once", "Ctrl-C after the step", "SIGTERM"])  # fmt: skip
+def test_the_last_words_of_a_study(kind, code: int, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Of the first run, which leaves none after it: where it was stopped, and the command that goes on."""
+    started = []
+
+    def stop(arguments: list[str]) -> int:
+        started.append(arguments)
+        raise kind()
+
+    monkeypatch.setattr(execution, "run_command", stop)
+    path = write_study(TINY)
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", str(path), "--seeds=[3]"])
+    assert stopped.value.code == code and len(started) == 1
+    words = "what is done is kept, go on with: kdq study tiny.yaml '--seeds=[3]'"
+    assert capsys.readouterr().err == f"kdq: stopped in teacher, seed 3; {words}\n"
+
+
 def test_several_at_once(workspace: Path, monkeypatch: pytest.MonkeyPatch):
     """Never more than the devices; a run starts after the one that it needs; a failure skips only what needs it."""
     running: dict[str, subprocess.Popen] = {}

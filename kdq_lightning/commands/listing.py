@@ -1,6 +1,8 @@
 """`kdq list`: the names that options take, one a line, so that they can be searched."""
 
 import inspect
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from kdq_lightning.commands.arguments import OneLineErrors
@@ -24,6 +26,19 @@ def main(args: list[str]) -> int:
     for line in LISTS[parser.parse_args(args).kind]():
         print(line)
     return 0
+
+
+def list_networks() -> Iterator[str]:
+    """Yield every network; on a terminal, of the thousands of other packages only how many there are."""
+    if not sys.stdout.isatty():
+        yield from network_names()
+        return
+    packages = Counter(name.partition("/")[0] if "/" in name else "" for name in network_names())
+    yield from (name for name in network_names() if "/" not in name)
+    for package, count in packages.items():
+        if package:
+            yield f"{f'{package}/NAME':<20}{count:,} networks: kdq list networks | grep {package}/"
+    yield f"{'my_file.function':<20}your own, from a file in this folder: docs/any_network.md"
 
 
 def list_methods() -> Iterator[str]:
@@ -53,7 +68,7 @@ def _described(kind: type) -> str:
 
 
 LISTS: dict[str, Callable[[], Iterator[str]]] = {
-    "networks": network_names,
+    "networks": list_networks,
     "strategies": list_strategies,
     "data": list_data,
     "methods": list_methods,

@@ -60,7 +60,8 @@ def write_report(folders: list[Path], out: Path, options: ReportOptions | None =
     for name, content in report.files.items():
         write_atomically(out / name, content)
     console = Console()
-    console.print(report.answer.replace("**", ""), markup=False, highlight=False, soft_wrap=True)
+    is_wrapped = console.is_terminal  # between words; a file gets whole paragraphs
+    console.print(report.answer.replace("**", ""), markup=False, highlight=False, soft_wrap=not is_wrapped)
     for dataset, table in report.advice.items():
         console.print(_shown(dataset, table))
     print(f"\nThe whole report: {out / 'report.md'}")

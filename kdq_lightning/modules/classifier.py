@@ -239,7 +239,7 @@ class Classifier(TrainedModule):
             if source.num_classes != self.num_classes:
                 raise UserError(f"{source.path} has {source.num_classes} classes, the data {self.num_classes}")
             source = self.for_data(source)
-            self.origin = self.origin or [str(source.path), source.origin()]
+            self.origin = self.origin or [str(source.path), source.origin(" + ".join(self.network_names().values()))]
             load_state(network, source.state, source.path)
             self.statistics = source.statistics
 

@@ -130,10 +130,14 @@ class TrainedNetwork:
             notes=(*self.notes, moved),
         )
 
-    def origin(self) -> str:
-        """Return what the network is and where it comes from, in a line: network, data, validation accuracy."""
+    def origin(self, networks: str | None = None) -> str:
+        """Return what the network is and where it comes from, in a line: network, data, validation accuracy.
+
+        Args:
+            networks: Names of all networks that were trained together, if there are several.
+        """
         accuracy = "" if self.val_top1 is None else f", {self.val_top1:.2f} % in validation"
-        return f"{self.network}, trained on {self.dataset or 'data without a name'}{accuracy}"
+        return f"{networks or self.network}, trained on {self.dataset or 'data without a name'}{accuracy}"
 
     def metadata(self) -> dict[str, str]:
         """Return the metadata that a file made of this network holds; see `packed_metadata`."""

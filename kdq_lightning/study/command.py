@@ -1,7 +1,10 @@
 """`kdq study`: runs those runs of a study that have no records yet, then writes the report."""
 
+import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from kdq_lightning.commands.arguments import OneLineErrors
@@ -51,7 +54,7 @@ def main(args: list[str]) -> int:
     tried: set[Run] = set()
     while True:  # a teacher that was trained again leaves its students to do
         found = {run: folders for run, folders in done.items() if run in chosen and run not in left}
-        with Progress(len(chosen), len(left), options.devices, found) as progress:
+        with Progress(len(chosen), len(left), options.devices, found) as progress, _say_how_to_go_on(progress, args):
             failed += execute(left, options.devices, progress)
         tried.update(left)
         done = find_done(runs, _places(options.results))
@@ -67,6 +70,24 @@ def main(args: list[str]) -> int:
     if missing:
         print(f"{len(missing)} of {len(chosen)} runs are not done; the same command goes on with them")
     return int(bool(missing))
+
+
+@contextmanager
+def _say_how_to_go_on(progress: Progress, args: Sequence[str]) -> Iterator[None]:
+    """Print in which runs the study was stopped by Ctrl-C or SIGTERM, and the command that goes on.
+
+    Raises:
+        SystemExit: With 130 or 143.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
+        progress.stop()
+        where = f" in {' and '.join(run.label for run in progress.busy)}" if progress.busy else ""
+        command = shlex.join(["kdq", "study", *args])
+        print(f"kdq: stopped{where}; what is done is kept, go on with: {command}", file=sys.stderr)
+        raise SystemExit(code) from stop
 
 
 def _of_seeds(runs: Sequence[Run], seeds: Sequence[int] | None) -> list[Run]:

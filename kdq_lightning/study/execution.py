@@ -4,6 +4,7 @@ They run one after another in this process, or several at the same time in proce
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,11 +70,15 @@ def _call(run: Run, log: TextIO) -> bool:
     """Run a command with its output in the log, and return whether it succeeded.
 
     Raises:
-        SystemExit: If the run was interrupted, which ends the study, too.
+        KeyboardInterrupt: If Ctrl-C has ended the run where it leaves nothing to save, which ends the study, too.
+        SystemExit: If it was stopped elsewhere.
     """
     with redirect_stdout(log), redirect_stderr(log):
         try:
-            return exit_code_of(lambda: run_command(arguments_of(run))) == 0
+            code = exit_code_of(lambda: run_command(arguments_of(run)))
+            if code == 128 + signal.SIGINT:
+                raise KeyboardInterrupt
+            return code == 0
         except SystemExit as stop:
             if stop.code != 2:  # 2: an option is wrong; else Lightning was told to stop
                 raise

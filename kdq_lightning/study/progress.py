@@ -105,6 +105,10 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Take away what was drawn."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Take away what was drawn, and draw no more."""
         self.live.stop()
 
     def start(self, run: Run, waiting: Sequence[Run]) -> None:

@@ -75,9 +75,10 @@ def terminal_table(records: Sequence[Record]) -> Table:
     for column in NARROW:
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, group in groupby(records, key=lambda record: record.name):
-        rows = table_rows(group)
+        of_name = list(group)
+        rows, names = table_rows(of_name), list(dict.fromkeys([name, of_name[0].network]))  # of a peer both
         for i, row in enumerate(rows):
-            table.add_row("" if i else name, *row[: len(NARROW)], end_section=i == len(rows) - 1)
+            table.add_row(names[i] if i < len(names) else "", *row[: len(NARROW)], end_section=i == len(rows) - 1)
     return table
 
 
