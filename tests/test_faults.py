@@ -136,6 +136,25 @@ def test_ctrl_c(workspace: Path, capsys: pytest.CaptureFixture[str]):
     assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in unbroken["state_dict"].items())
 
 
+class PressCtrlCAtTheEnd(Callback):
+    """Presses Ctrl-C when training is finished, before it is quantized."""
+
+    def on_train_end(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_after_training(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """No epoch is named that the run doesn't have, and the command quantizes."""
+    few = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--quantization.bits=[4]"]
+    few += ["--quantization.calibration_images=16", "--quantization.methods=[default]"]
+    with pytest.raises(SystemExit) as stop:
+        main([*FIT, *few, "--name=run", "--trainer.callbacks=tests.test_faults.PressCtrlCAtTheEnd"])
+    assert stop.value.code == 130
+    command = capsys.readouterr().err.partition("kdq: stopped after training, saved; go on with: kdq ")[2]
+    assert main([*command.split(), "--trainer.callbacks=[]"]) == 0
+    assert Path("runs/run/version_0/quantized.csv").is_file()
+
+
 def test_ctrl_c_before_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def interrupted(args):
         raise KeyboardInterrupt

@@ -26,8 +26,12 @@ QUICK += ["--quantization.bits=[4]", "--quantization.calibration_images=64", "--
 def header(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Return the lines before anything else is printed."""
     lines = capsys.readouterr().out.splitlines()
-    labels = ("network", "data", "classes", "device", "folder", "weights", "teacher", "note", "trained by", " ")
-    return [line for i, line in enumerate(lines) if all(other.startswith(labels) for other in lines[: i + 1])]
+    labels = ("network", "data", "classes", "device", "folder", "weights", "teacher", "note", "trained by", " " * 11)
+    return [
+        line
+        for i, line in enumerate(lines)
+        if all(other.strip() and other.startswith(labels) for other in lines[: i + 1])
+    ]
 
 
 def test_the_first_lines(workspace: Path, capsys: pytest.CaptureFixture[str]):

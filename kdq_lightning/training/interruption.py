@@ -87,7 +87,7 @@ class Interruption(Callback):
             yield
         except SIGTERMException as stop:
             if pressed:
-                raise StoppedByUser(_where_it_stopped(trainer)) from stop
+                raise StoppedByUser(self._where_it_stopped(trainer)) from stop
             raise
         finally:
             signal.signal(signal.SIGINT, before)
@@ -136,20 +136,24 @@ class Interruption(Callback):
         if isinstance(exception, SIGTERMException) and self._training and trainer.training:
             _save(trainer)
 
+    def _where_it_stopped(self, trainer: LightningTrainer) -> str:
+        """Say in which epoch a run has stopped, and how to go on."""
+        where = "stopped"
+        if trainer.training:
+            where += f" in epoch {trainer.current_epoch + 1}" if self._training else " after training"
+        for keeper in trainer.checkpoint_callbacks:
+            if isinstance(keeper, ModelCheckpoint) and keeper.filename == "last" and keeper.dirpath:
+                version = Path(os.path.relpath(Path(keeper.dirpath).parent))
+                if (version / "checkpoints" / "last.ckpt").is_file():
+                    command = f"kdq fit --config {version / 'config.yaml'} --ckpt_path {version}"
+                    return f"{where}, saved; go on with: {command}"
+        if getattr(trainer, "is_quantizing", False):
+            return f"{where}; what is quantized is kept, and the same command goes on"
+        return f"{where}; nothing is saved yet"
+
 
 def _save(trainer: LightningTrainer) -> None:
     """Save `last.ckpt`, unless the run keeps no checkpoints."""
     for keeper in trainer.checkpoint_callbacks:
         if isinstance(keeper, ModelCheckpoint) and keeper.filename == "last" and keeper.dirpath:
             trainer.save_checkpoint(Path(keeper.dirpath, "last.ckpt"))
-
-
-def _where_it_stopped(trainer: LightningTrainer) -> str:
-    """Say in which epoch a run has stopped, and how to go on."""
-    where = f"stopped in epoch {trainer.current_epoch + 1}" if trainer.training else "stopped"
-    for keeper in trainer.checkpoint_callbacks:
-        if isinstance(keeper, ModelCheckpoint) and keeper.filename == "last" and keeper.dirpath:
-            version = Path(os.path.relpath(Path(keeper.dirpath).parent))
-            if (version / "checkpoints" / "last.ckpt").is_file():
-                return f"{where}, saved; go on with: kdq fit --config {version / 'config.yaml'} --ckpt_path {version}"
-    return f"{where}; nothing is saved yet"
