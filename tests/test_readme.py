@@ -40,6 +40,34 @@ def test_accuracies_of_the_engine():
     assert f"has {five} % in the file of 5 bits" in readme  # said of the study's students, too
 
 
+def test_accuracies_and_seconds_beside_a_peer():
+    """The table of docs/benchmarks.md, and what the README says of it."""
+    record = json.loads((RESULTS / "engine" / "peers-resnet20-cifar10.json").read_text())
+    top = {(row["method"], row["bits"]): f"{mean(row['top1']):.2f}" for row in record["accuracies"]}
+    seconds = defaultdict(list)
+    for cost in record["costs"]:
+        seconds[cost["method"]].append(cost["seconds"])
+    text, readme = (ROOT / "docs" / "benchmarks.md").read_text(), (ROOT / "README.md").read_text()
+    for name in ("Brevitas `brevitas_gpfq`", "this project `gpfq`", "this project `default`"):
+        method = name.split("`")[1]
+        levels = next(row["levels"] for row in record["accuracies"] if (row["method"], row["bits"]) == (method, 2))
+        cells = [str(levels), *(top[method, bits] for bits in (2, 3, 4)), f"{mean(seconds[method]):.0f}"]
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    ratio = mean(seconds["brevitas_gpfq"]) / mean(seconds["default"])
+    ours, theirs = top["default", 3], top["brevitas_gpfq", 3]
+    words = f"3 bits has {ours} % here and {theirs} % there, and is quantized {ratio:.0f} times as fast"
+    assert words in " ".join(readme.split())
+
+
+def test_seconds_of_wide_layers():
+    record = json.loads((RESULTS / "engine" / "speed-resnet18-cifar100.json").read_text())
+    floor, walk = record["speeds"]
+    text = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+    assert f"take the default {walk['seconds']:.0f} processor seconds" in text
+    assert f"{walk['seconds'] / floor['seconds']:.2f} times what no walk can leave out" in text
+    assert f"Gram products, {floor['seconds']:.0f} s), and the process {walk['peak_gb']:.1f} GiB" in text
+
+
 def test_every_method_solver_and_codebook_is_explained():
     """A row each, in the table of its kind."""
     lines = [line for line in (ROOT / "docs" / "methods.md").read_text().splitlines() if line.startswith("| ")]
