@@ -134,7 +134,7 @@ def test_records_are_those_of_the_packed_files(run: Path, digits: DigitsDataModu
         agreement = (classes[record.bits] == classes[32]).double().mean().item()
         assert record.flips == pytest.approx(100 * flips, abs=1e-4)
         assert record.agreement_float == pytest.approx(100 * agreement, abs=1e-4)
-    assert records[0].test_top1 != records[-1].test_top1  # else the comparison says little
+    assert records[0].agreement_float < 100 and records[0].flips > 0  # else the comparison says little
 
 
 def test_other_fields(run: Path):
