@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch; the tests' own processes inherit it
@@ -17,8 +18,9 @@ from tests.slow_parts import read_part, share_out
 
 torch.set_num_threads(1)
 
-SHARED = Path(os.environ.get("KDQ_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("KDQ_SHARED", ROOT.parent / "shared"))
+CONFIGS = ROOT / "configs"
 
 FEW_STEPS = [
     "--data.val_size=0.2",
@@ -45,6 +47,15 @@ def write_images(root: Path, dataset: str, classes: int, train: int, test: int) 
             for i in range(count):
                 pixels = generator.integers(0, 64, (32, 32, 3)) + np.array([label * 16 % 192, label * 5 % 192, 64])
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:04d}.png")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clean_root() -> Iterator[None]:
+    """Fail where a test has left a file or folder in the repository, from where it would be committed."""
+    before = set(ROOT.iterdir())
+    yield
+    left = {path.name for path in set(ROOT.iterdir()) - before if not path.name.startswith(".")}
+    assert not left, f"the tests of this file, or of one run at the same time, left {', '.join(sorted(left))} in {ROOT}"
 
 
 @pytest.fixture(scope="session")

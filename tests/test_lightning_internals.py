@@ -68,7 +68,9 @@ def test_the_bar_counts_epochs_from_one(monkeypatch: pytest.MonkeyPatch):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             seen.append([task.description for task in bar.progress.tasks if task.visible])
 
-    trainer = LightningTrainer(**QUIET | {"enable_progress_bar": True}, callbacks=[bar, Look()])
+    trainer = LightningTrainer(
+        **QUIET | {"enable_progress_bar": True, "enable_checkpointing": False}, callbacks=[bar, Look()]
+    )
     trainer.fit(BoringModel())
     assert seen == [["epoch 1/2"]] * 3 + [["epoch 2/2"]] * 3
     assert bar.progress.tasks and not any(task.visible for task in bar.progress.tasks)
