@@ -172,6 +172,23 @@ def test_bad_options(workspace: Path, capsys: pytest.CaptureFixture[str]):
         assert f"seeds of the study, some of [3], got {seeds}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"model.init_args.learning_rte": 1}, "run a: model.learning_rte is no option, did you mean learning_rate?"),
+        ({"trainer.max_epochs": "ten"}, "run a: trainer.max_epochs must be a whole number, got ten"),
+        ({"data": "Images"}, "run a: --data must be the name of a class, got Images"),
+    ],
+)
+@pytest.mark.parametrize("planned", [[], ["--budget_minutes=5"]], ids=["", "planned"])
+def test_a_wrong_option_is_a_runs(overrides: dict, sentence: str, planned: list, workspace: Path, capsys):
+    """The file of a study has options of many runs, so the sentence names the run."""
+    path = write_study({"runs": {"a": {"config": "teacher_cpu.yaml", "overrides": overrides}}})
+    assert main(["study", str(path), *planned]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"kdq: {sentence}") and error.count("\n") == 1 and not Path("runs").exists()
+
+
 def test_some_seeds(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Runs of the seeds that are named; public weights are quantized for whichever seed comes first."""
     weights = {"path": "public.safetensors", "network": "resnet8", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}

@@ -1,8 +1,10 @@
 """The commands that have a model, `kdq fit, validate, test, predict, quantize`: LightningCLI with our run folders."""
 
+import io
 import os
 import signal
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -292,11 +294,16 @@ def read_settings(args: list[str]) -> Settings:
         args: Such as ["fit", "--config", "configs/quickstart.yaml"].
 
     Raises:
-        UserError: If the command needs weights and there are none.
-        SystemExit: If an option is unknown or malformed; a sentence has been printed then.
+        UserError: If an option is unknown or malformed, or the command needs weights and there are none.
     """
     quieten()
-    command_line = build_command_line(ConfigReader, args)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            command_line = build_command_line(ConfigReader, args)
+    except SystemExit as stop:  # as a parser ends a command
+        raise UserError(said.getvalue().strip().removeprefix("kdq: ")) from stop
+    print(said.getvalue(), end="", file=sys.stderr)
     return Settings(command_line.config[command_line.subcommand].as_dict(), command_line.hash_config())
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from kdq_lightning.bench.measure import interleaved
 from kdq_lightning.bench.step import round_up, trainer_seconds
 from kdq_lightning.commands.arguments import load_class
-from kdq_lightning.commands.command_line import read_settings
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.modules.classifier import Classifier
@@ -64,7 +63,7 @@ class CostMeter:
             announce: Told what is measured next, in words, as a measurement can take minutes.
         """
         self.runs, self.at_once, self.announce = list(runs), at_once, announce
-        self.configs = {run: read_settings(run.settings_arguments).config for run in self.runs}
+        self.configs = {run: run.read_settings(run.settings_arguments).config for run in self.runs}
         on_cpu = any(config["trainer"]["accelerator"] == "cpu" for config in self.configs.values())
         self.device = torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
         self._data: dict[str, ImageDataModule] = {}

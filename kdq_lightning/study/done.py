@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdq_lightning.commands.command_line import read_settings
 from kdq_lightning.quantization.methods import choose_methods
 from kdq_lightning.runs.records import FLOAT_BITS, Record, find_records, identity
 from kdq_lightning.study.provenance import is_outdated
@@ -23,7 +22,7 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
         places: Folders that are searched.
 
     Raises:
-        SystemExit: If an option of a run is unknown; the sentence that says so has been printed.
+        UserError: If an option of a run is unknown or malformed.
     """
     records: defaultdict[tuple[str, int | None], dict[Path, list[Record]]] = defaultdict(dict)
     for folder, found in find_records(*places).items():
@@ -34,7 +33,7 @@ def find_done(runs: Sequence[Run], places: Sequence[Path]) -> dict[Run, list[Pat
     needed = {(name, run.seed) for run in runs for name in run.needs}
     for run in runs:
         if run.name not in hashes:
-            settings = read_settings(run.arguments)
+            settings = run.read_settings(run.arguments)
             model = settings.config["model"]["init_args"]
             quantization = settings.config["quantization"]
             methods = choose_methods(quantization["methods"], quantization["solver"], quantization["codebook"])

@@ -4,6 +4,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdq_lightning.commands.command_line import Settings, read_settings
+from kdq_lightning.errors import UserError
 from kdq_lightning.runs.versions import newest_finished, newest_version
 
 
@@ -51,6 +53,20 @@ class Run:
     def settings_arguments(self) -> list[str]:
         """Arguments of a training with the same settings, which can be read before any weights exist."""
         return ["fit", *self.options]
+
+    def read_settings(self, arguments: list[str]) -> Settings:
+        """Return what its command would run with.
+
+        Args:
+            arguments: `arguments` or `settings_arguments`.
+
+        Raises:
+            UserError: If an option is unknown or malformed; it names the run, as a study's file has options of many.
+        """
+        try:
+            return read_settings(arguments)
+        except UserError as error:
+            raise UserError(f"run {self.name}: {error}") from error
 
     @property
     def line(self) -> str:
