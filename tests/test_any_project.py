@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from kdq_lightning import PostTrainingQuantization, load_packed, quantize
+from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.packing import read_weights
 from tests.processes import run_in_fork
 
@@ -417,6 +418,14 @@ def test_kill_minus_9_between_two_budgets(workspace: Path):
     for size in (2000, 2500):
         mine, theirs = (read_weights(Path(root, f"packed/net-mixed-{size}B.safetensors")) for root in ("root", "whole"))
         assert all((mine[key].codes == theirs[key].codes).all() for key in theirs)
+
+
+def test_a_budget_that_no_choice_of_bits_fits(workspace: Path):
+    """Is refused before the first step."""
+    project = Project()
+    with pytest.raises(UserError, match="a budget of 500 bytes is too small"):
+        trainer(callback(bits=(4,), budgets=(500,)), logger=False).fit(project, *loaders())
+    assert project.trainer.global_step == 0
 
 
 def test_budgets(workspace: Path):

@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kdq_lightning.cli import main
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import format_bytes, parse_bytes
+from kdq_lightning.networks import build_network
+from kdq_lightning.quantization.mixed import check_least
 from kdq_lightning.quantization.packing import mean_bits, read_metadata, read_weights
 from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.runs.config_hash import config_hash, version_hash
@@ -155,6 +157,18 @@ def test_the_command_refuses_what_is_no_size(workspace: Path, capsys: pytest.Cap
     assert main(["fit", *QUICK, "--quantization.budgets=['50 kilos']"]) != 0
     assert "a budget is a size such as 50000, 100kB or 1.5MB, got '50 kilos'" in capsys.readouterr().err
     assert not Path("runs").exists() or not list(Path("runs").rglob("*.ckpt"))
+
+
+def test_what_no_choice_of_bits_fits_is_refused_before_training(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """With the size of the smallest file, which fits."""
+    assert main(["fit", *QUICK, "--quantization.budgets=[3kB, 30kB]"]) == 1
+    error = capsys.readouterr().err
+    assert "a budget of 3,000 bytes is too small for this network" in error and not Path("runs").exists()
+    least = int(re.search(r"its file takes ([\d,]+) bytes", error)[1].replace(",", ""))
+    network = build_network("resnet8", 10)
+    check_least(network, [least])
+    with pytest.raises(UserError, match=f"takes {least:,} bytes"):
+        check_least(network, [least - 1])
 
 
 def test_the_hash_of_the_settings(run: Path):

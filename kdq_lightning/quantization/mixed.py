@@ -12,7 +12,9 @@ from kdq_lightning.errors import UserError
 from kdq_lightning.quantization.allocation import allocate
 from kdq_lightning.quantization.bitstream import packed_size
 from kdq_lightning.quantization.codebooks import CODEBOOKS, QuantizedWeight
+from kdq_lightning.quantization.copies import copy_for_walk
 from kdq_lightning.quantization.gram import layers_of
+from kdq_lightning.quantization.probe import tied_layers
 from kdq_lightning.quantization.quantized import Quantized
 from kdq_lightning.quantization.recipes import Recipe, make_recipe
 from kdq_lightning.quantization.sensitivity import own_errors
@@ -51,6 +53,27 @@ def check_budgets(budgets: Sequence[int]) -> None:
             raise UserError(f"a budget is a number of bytes such as 100_000, got {budget!r}")
     if len(set(budgets)) != len(budgets):
         raise UserError(f"each budget stands once, got {list(budgets)}")
+
+
+def check_least(network: nn.Module, budgets: Sequence[int], **given: str | float | None) -> None:
+    """Refuse budgets that no choice of bits fits, before the network is trained.
+
+    Args:
+        network: To quantize later; its weights may have any values.
+        budgets: Bytes of the packed files.
+        **given: See `candidate_recipes`.
+
+    Raises:
+        UserError: If one is too small even where every layer has the fewest levels. Layers that can't be quantized
+            only make the file larger.
+    """
+    copied = copy_for_walk(network)
+    names = list(layers_of(copied))
+    if not budgets or not names:
+        return
+    tied = tied_layers(copied, names)
+    files = Files(copied, [name for name in names if name not in tied], tied, candidate_recipes(None, **given))
+    files.check(min(budgets), files.size([0] * len(files.names)))
 
 
 def quantize_mixed(
@@ -137,6 +160,15 @@ class Files:
         codes = torch.zeros((), dtype=torch.int16).expand(shape)
         return QuantizedWeight(codes, recipe.alphabet.grid, torch.zeros(scales), recipe.codebook, recipe.bits)
 
+    @staticmethod
+    def check(budget: int, least: int) -> None:
+        """Refuse a budget below the size of the smallest file, both in bytes."""
+        if least > budget:
+            raise UserError(
+                f"a budget of {budget:,} bytes is too small for this network: with the fewest levels for every layer"
+                f" its file takes {least:,} bytes"
+            )
+
     def choose(self, errors: Sequence[Sequence[float]], budget: int, reserved: int) -> list[int]:
         """Return the index of each layer's recipe, so that the file fits and the layers' errors are least.
 
@@ -151,11 +183,7 @@ class Files:
         fitting = budget - reserved
         smallest, largest = [0] * len(self.names), [len(self.recipes) - 1] * len(self.names)
         least, most = self.size(smallest), self.size(largest)
-        if least > fitting:
-            raise UserError(
-                f"a budget of {budget:,} bytes is too small for this network: with the fewest levels for every layer"
-                f" its file takes {least + reserved:,} bytes"
-            )
+        self.check(budget, least + reserved)
         if most <= fitting:
             if most < fitting:
                 warnings.warn(

@@ -4,7 +4,7 @@ A layer is quantized if it is called with images along its first dimension, comp
 and bias, and no other module uses that weight. Every other matrix stays in float, and the report says why.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -110,7 +110,7 @@ def probe(network: nn.Module, model: nn.Module, images: Tensor) -> Plan:
     reasons = _layer_reasons(network, together, (first, second), used_by, tolerance)
     samples = {name: len(first.inputs[name]) for name in together.inputs if not reasons[name]}
     own_copies = bool(samples) and _keeps_state(network, list(samples), pair, (first, second), tolerance)
-    tied = _tied(network, samples)
+    tied = tied_layers(network, samples)
     left = _left_in_float(network, samples, reasons, used_by)
     return Plan(samples, tied, left, activations, own_copies, clone_images, tolerance)
 
@@ -162,12 +162,12 @@ def _images_first(both: Tensor, alone: Tensor | None, tolerance: float) -> bool:
     return close(both[: len(alone)], alone, tolerance)
 
 
-def _tied(network: nn.Module, samples: Mapping[str, int]) -> dict[str, str]:
-    """Return the layers that share their weight with one that comes before, and the name of that one."""
+def tied_layers(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return which of these layers share their weight with one that comes before, and the name of that one."""
     layers = layers_of(network)
     firsts: dict[int, str] = {}
     tied = {}
-    for name in samples:
+    for name in names:
         first = firsts.setdefault(id(layers[name].weight), name)
         if first != name:
             tied[name] = first

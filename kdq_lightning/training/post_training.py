@@ -1,5 +1,6 @@
 """What is done after training: the best checkpoint is quantized by each method at each bit width."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
+from torch import nn
 
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.errors import UserError
@@ -16,7 +18,7 @@ from kdq_lightning.files import parse_bytes
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.quantization import Quantized, quantize
 from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS, MIXED_METHOD, choose_methods
-from kdq_lightning.quantization.mixed import check_budgets
+from kdq_lightning.quantization.mixed import check_budgets, check_least
 from kdq_lightning.quantization.recipes import make_recipe
 from kdq_lightning.runs.identity import Identity
 from kdq_lightning.runs.records import FLOAT_BITS, identity
@@ -102,6 +104,8 @@ class PostTrainingQuantization(Callback):
         if self.network is not None or self.evaluate is not None:
             raise UserError("network and evaluate are for modules of other projects: leave them out")
         trainer.datamodule.calibration_images(self.calibration_images)  # type: ignore[attr-defined]
+        if isinstance(pl_module, Classifier) and not pl_module.is_quantized:
+            self._check_budgets(pl_module.networks().values())
 
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Refuse before the first step what needs the loaders to be seen.
@@ -111,7 +115,13 @@ class PostTrainingQuantization(Callback):
         """
         self._has_trained = True
         if not self._is_idle(trainer) and not is_ours(trainer, pl_module):
-            self._plain_run(trainer, pl_module).check(self.calibration_images)
+            run = self._plain_run(trainer, pl_module)
+            run.check(self.calibration_images)
+            self._check_budgets(map(run.network, run.names))
+
+    def _check_budgets(self, networks: Iterable[nn.Module]) -> None:
+        for network in networks:
+            check_least(network, self.budgets, **self.methods.get(CUSTOM_METHOD, {}))
 
     def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Quantize, and say how to repeat it if that fails: the checkpoint is safe by then.
