@@ -119,8 +119,9 @@ class TrainedModule(EvaluatedModule):
     # --- steps and epochs
 
     def logged_names(self) -> list[str]:
-        """Return what `fit` logs in every epoch, except for the parts of a loss."""
-        return [*super().logged_names(), "train/loss", "train/top1", "lr"]
+        """Return what `fit` logs in every epoch; the parts of a loss are known once it has been taken."""
+        of_training = self._epoch.names or ("loss", "top1")
+        return [*super().logged_names(), *(f"train/{name}" for name in of_training), "lr"]
 
     def on_train_start(self) -> None:
         """Start the epoch's sums: Lightning skips `on_train_epoch_start` when it resumes within an epoch."""

@@ -19,6 +19,11 @@ class TrainingEpoch:
         self._bad_step = torch.tensor(-1, device=device)
         self._started = self._stopped = time.perf_counter()
 
+    @property
+    def names(self) -> list[str]:
+        """Names of what `means` returns, in its order."""
+        return [*self._sums, *(["images_per_second"] if self._sums else [])]
+
     def stop_clock(self) -> None:
         """Stop the clock, because what follows is no training."""
         self._stopped = time.perf_counter()
