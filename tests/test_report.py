@@ -101,6 +101,7 @@ def test_markdown_says_what_others_rely_on(report: Path):
     for said in ("±", "p = ", "equal bytes", "not distinguishable", "cifar10", "cifar100", "## The answer"):
         assert said in text
     assert "Without any record: DKD, Hints." in text and str(report) not in text
+    assert "\n| --- | --- | ---: | --- | ---: |\n" in text, "words of the table of files to the left, numbers right"
     names = re.findall(r"\]\((.*?)\)", text)
     assert {name.rsplit(".")[-1] for name in names} == {"svg", "csv", "md"}
     for name in names:
@@ -184,7 +185,7 @@ def test_unknown_strategies_in_all_figures_and_tables(tmp_path: Path):
     }
     assert "another (resnet18), 4 bits (6.1 kB, 82.00 %)" in text
     assert "another (resnet18), 2" in tables["equal_bytes_cifar10"]
-    assert "- another (resnet18) drops more sharply" in details and "- another (resnet18) loses" in details
+    assert "- **another (resnet18)**: sharper at " in details and "\n| another (resnet18) | 4 bits: " in details
     with (tmp_path / "out" / "cells_cifar10.csv").open() as file:
         assert len([row for row in csv.DictReader(file) if row["strategy"] == "my_distillation"]) == 3
 

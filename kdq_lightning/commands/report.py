@@ -64,6 +64,8 @@ def write_report(folders: list[Path], out: Path, options: ReportOptions | None =
     console.print(report.answer.replace("**", ""), markup=False, highlight=False, soft_wrap=not is_wrapped)
     for dataset, table in report.advice.items():
         console.print(_shown(dataset, table))
+    if report.advice:
+        print("test, %: on the test images, mean ± standard deviation over seeds")
     print(f"\nThe whole report: {out / 'report.md'}")
     return out / "report.md"
 

@@ -6,15 +6,10 @@ from kdq_lightning.quantization.methods import MIXED_METHOD
 from kdq_lightning.report.answer import TRACK_VERDICTS, verdict
 from kdq_lightning.report.findings import Drop, Findings
 from kdq_lightning.report.formatting import format_difference
+from kdq_lightning.report.gains import gains_in_words
 from kdq_lightning.report.published import NETWORKS, SHARPER_DROP, WINNER
 from kdq_lightning.report.rows import Row
-
-DROP_VERDICTS = {
-    1: "drops more sharply than the teacher at",
-    -1: "drops less than the teacher at",
-    0: "has a drop that is not distinguishable from the teacher's at",
-}
-"""How a student's loss from float compares with the teacher's, by the sign of the difference, 0 if not significant."""
+from kdq_lightning.report.table_formats import Table, table_of_texts, to_markdown
 
 NEAR = 1.0  # points below float that count as "nearly match"
 
@@ -28,18 +23,24 @@ def section_on_claims(findings: Findings) -> str:
     networks = ", ".join(dict.fromkeys(row.network for row in findings.rows))
     return "\n\n".join(
         [
-            f"### {findings.dataset}",
+            f"## {findings.dataset}",
             f"**Which track wins.** Published: {claimed}. Measured, at equal bytes: {measured} ({networks}).",
-            "**Does the student drop more sharply?** Loss from float minus the teacher's loss, in points:",
-            _bullets(sharper_drop(findings.drops)),
+            f"**Does the student drop more sharply?** Published: {_sharper_claimed(findings.dataset)}. Measured, the"
+            " student's loss from float against the teacher's at equal bits"
+            f" ([each difference](loss_from_float_{findings.dataset}.csv)):",
+            "\n".join(f"- {sentence}" for sentence in sharper_drop(findings.drops)) or NOTHING,
             "**Do quantized networks nearly match float?** Loss from float, in points:",
-            _bullets(nearly_float(findings.drops)),
+            to_markdown(nearly_float(findings.drops)) if findings.drops else NOTHING,
         ]
     )
 
 
-def _bullets(sentences: Sequence[str]) -> str:
-    return "\n".join(f"- {sentence}" for sentence in sentences or ["Nothing to compare: records are missing."])
+NOTHING = "Nothing to compare: records are missing."
+
+
+def _sharper_claimed(dataset: str) -> str:
+    widths = SHARPER_DROP.get(dataset)
+    return f"it does at {', '.join(map(str, widths))} bits" if widths else "nothing on this data set"
 
 
 def _by_row(drops: Sequence[Drop]) -> Iterator[tuple[Row, list[Drop]]]:
@@ -50,35 +51,25 @@ def _by_row(drops: Sequence[Drop]) -> Iterator[tuple[Row, list[Drop]]]:
 
 def sharper_drop(drops: Sequence[Drop]) -> list[str]:
     """Answer whether the students lose more than the teacher, in a sentence for each student."""
-    sentences = []
-    for row, own in _by_row(drops):
-        parts = []
-        for sign, words in DROP_VERDICTS.items():
-            numbers = [
-                f"{drop.bits} bits{' (sharper drop claimed)' if drop.bits in SHARPER_DROP.get(row.dataset, ()) else ''}"
-                f" {format_difference(drop.versus_teacher)}"
-                for drop in own
-                if drop.versus_teacher and drop.versus_teacher.sign == sign
-            ]
-            parts += [f"{words} {'; '.join(numbers)}"] if numbers else []
-        if parts and not row.is_teachers:
-            sentences.append(f"{row.label} {'; '.join(parts)}.")
-    return sentences
+    differences = {
+        row: {drop.bits: drop.versus_teacher for drop in own if drop.versus_teacher}
+        for row, own in _by_row(drops)
+        if not row.is_teachers
+    }
+    return gains_in_words({row: tests for row, tests in differences.items() if tests}, "sharper", "less sharp")
 
 
-def nearly_float(drops: Sequence[Drop]) -> list[str]:
-    """Answer from how many bits on each row nearly matches its float accuracy, in a sentence for each row."""
-    sentences = []
+def nearly_float(drops: Sequence[Drop]) -> Table:
+    """Return the table that answers from how many bits on each row nearly matches its float accuracy."""
+    lines = []
     for row, own in _by_row(drops):
         smallest = next((drop for drop in own if drop.own.points <= NEAR), None)
         certain = next((drop for drop in own if drop.own.high <= NEAR), None)
-        most = own[-1]
-        text = f"{row.label} loses, at {most.bits} bits, {format_difference(most.own, with_p=False)} points"
-        if smallest is None:
-            text += f"; no bit width is within {NEAR:g} point of float"
-        else:
-            text += f"; the smallest bit width within {NEAR:g} point of float is {smallest.bits} bits"
-            text += f" ({format_difference(smallest.own, with_p=False)})"
-            text += f"; {f'{certain.bits} bits' if certain else 'none'} with its whole interval"
-        sentences.append(f"{text}.")
-    return sentences
+        lines.append([row.label, *(_loss(drop) if drop else "none" for drop in (own[-1], smallest, certain))])
+    near = f"within {NEAR:g} point of float"
+    header = ["", "at the most bits", f"fewest bits {near}", f"fewest with the whole interval {near}"]
+    return table_of_texts(header, lines)
+
+
+def _loss(drop: Drop) -> str:
+    return f"{drop.bits} bits: {format_difference(drop.own, with_p=False)}"

@@ -10,6 +10,7 @@ from kdq_lightning.report.claims import section_on_claims
 from kdq_lightning.report.figures import draw_figures, render
 from kdq_lightning.report.file_choice import SAME_SIZE
 from kdq_lightning.report.findings import DROP_RESAMPLES, Findings
+from kdq_lightning.report.formatting import MISSING
 from kdq_lightning.report.gains import gains_in_words
 from kdq_lightning.report.rows import Row, by_method, method_title
 from kdq_lightning.report.shipping import advice_table, sentence_on_shipping
@@ -91,7 +92,8 @@ INTRODUCTION = """# Quantize the big network, or distil it and quantize the smal
 There are two tracks: quantize the *teacher*, a big network; or train a *student*, a small network, most often by \
 distilling, that is by the teacher's answers, and quantize that. *At equal bytes* compares the best file of each track \
 within one budget of bytes; files are chosen on validation images and compared on test images. Accuracies are top-1 on \
-the test images in percent, mean ± sample deviation over seeds; *points* are percentage points."""
+the test images in percent, mean ± standard deviation over trainings with different seeds (a single training has \
+no ±); *points* are percentage points."""
 
 SHIPPING = f"""A larger file stands here only where it is better beyond chance (p < {LEVEL:g}): than the row above on \
 validation images, or than the other track at equal bytes; any other is not worth its bytes. Differences: the file to \
@@ -174,6 +176,8 @@ def _section(findings: Findings, figures: Collection[str], published: bool) -> l
     dataset, rows = findings.dataset, findings.rows
     brackets = " In brackets the published accuracy and the difference from it." if published else ""
     known = {*(row.strategy for row in rows), "recover"}
+    tables = _table_of_each_method(rows, lambda own: measure_table(own, "test_top1", published))
+    missing = f" *{MISSING}*: no record of it." if any(MISSING in table for table in tables) else ""
     absent = [appearance.title for strategy, appearance in APPEARANCES.items() if strategy not in known]
     blocks = [
         f"## {dataset}",
@@ -183,13 +187,14 @@ def _section(findings: Findings, figures: Collection[str], published: bool) -> l
             if name in figures
             for block in (f"![{caption.partition('.')[0]}]({name}_{dataset}.svg)", caption)
         ),
-        f"Test accuracy; the best of a column in bold.{brackets} Seeds: {_seeds(rows)}.",
-        *_table_of_each_method(rows, lambda own: measure_table(own, "test_top1", published)),
+        f"Test accuracy; the best of a column in bold.{brackets}{missing} Seeds: {_seeds(rows)}.",
+        *tables,
         *([f"Without any record: {', '.join(absent)}."] if absent else []),
     ]
     if findings.gains:
         blocks += [
-            "Against the control, the same network trained without a teacher, at equal bits:",
+            "Against the control, the same network trained without a teacher, at equal bits (one seed on a side:"
+            " another training may give another verdict):",
             "\n".join(f"- {sentence}" for sentence in gains_in_words(findings.gains)),
         ]
     more = ", ".join(f"[{name.removesuffix(f'_{dataset}.csv')}]({name})" for name in tables_of(findings, published))
@@ -200,8 +205,8 @@ def _section(findings: Findings, figures: Collection[str], published: bool) -> l
 FIGURES = {
     "accuracy_vs_bytes": "Accuracy against bytes of the file. Yellow: the files to ship, those of the table above."
     " They are chosen on validation images: a point above yellow was no better there beyond chance, so its height here"
-    " may be luck. Error bars: ± one sample deviation over seeds, so how far another training would fall from the mean;"
-    " a strategy with one seed has none. Points at the same place are drawn side by side.",
+    " may be luck. Error bars: ± one standard deviation over seeds, so how far another training would fall from the"
+    " mean; a strategy with one seed has none. Points at the same place are drawn side by side.",
     "accuracy_vs_bits": "Accuracy against bits a weight. Dashed lines are the float networks. At equal bits the"
     " teacher's file is larger: who is higher here has not won.",
     "methods": "Accuracy against bits of each method of quantizing. Hollow markers, where there are any: the published"

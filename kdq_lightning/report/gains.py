@@ -100,14 +100,20 @@ def _on_one_file(findings: Findings, gains: Gains) -> str:
 EVERY = "every bit width"
 
 
-def gains_in_words(gains: Gains) -> list[str]:
-    """Say where each student is better or worse than the control, a sentence each; `gains` is `Findings.gains`."""
+def gains_in_words(gains: Gains, more: str = "better", less: str = "worse") -> list[str]:
+    """Say where each student is better or worse than the control, a sentence each.
+
+    Args:
+        gains: `Findings.gains`, or other differences from a reference by row and bit width.
+        more: What a positive difference is called.
+        less: What a negative difference is called.
+    """
     sentences = []
     for row, tests in gains.items():
         if row.method == MIXED_METHOD:
             continue
         parts = []
-        for word, sign in (("better", 1), ("worse", -1)):
+        for word, sign in ((more, 1), (less, -1)):
             found = {bits: test for bits, test in tests.items() if test.sign == sign}
             if found:
                 points = sorted((test.points for test in found.values()), key=abs)

@@ -26,13 +26,18 @@ def table_of_texts(header: Sequence[str], rows: Sequence[Sequence[object]]) -> T
 
 
 def to_markdown(table: Table) -> str:
-    """Return the table in Markdown; a bar within a text is escaped, because it would end the cell."""
+    """Return the table in Markdown: columns with numbers to the right, others and the first to the left.
+
+    A bar within a text is escaped, because it would end the cell.
+    """
 
     def line(texts: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
     rows = [line([f"**{text}**" if bold else text for text, bold in row]) for row in table.rows]
-    rule = "|" + "|".join([" --- ", *(" ---: " for _ in table.header[1:])]) + "|"
+    columns = [[row[column].text for row in table.rows] for column in range(1, len(table.header))]
+    numbers = [any(text[:1] in set("+-0123456789") for text in column) for column in columns]
+    rule = "|" + "|".join([" --- ", *(" ---: " if is_number else " --- " for is_number in numbers)]) + "|"
     return "\n".join([line(table.header), rule, *rows])
 
 
