@@ -34,6 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--speed_images", type=int, default=512, help="Calibration images of the timings.")
     parser.add_argument("--repeats", type=int, default=5, help="Repeats of the timings; 0 leaves them out.")
     parser.add_argument("--cases", type=list[str], default=list(PATCHES), help=f"Timings: {', '.join(PATCHES)}.")
+    parser.add_argument("--max_memory_gb", type=float, default=8.0, help="Of a timed walk, see kdq_lightning.quantize.")
     parser.add_argument("--columns", type=int, default=4608, help="Of the layer that is profiled; 0 leaves it out.")
     parser.add_argument("--neurons", type=int, default=512, help="Of the layer that is profiled.")
 
@@ -61,7 +62,8 @@ def run(args: Namespace) -> dict[str, Any]:
         print_costs(f"{trained.network}, {len(args.bits)} bit widths together, a draw", costs)
         figures |= {"accuracies": list(map(asdict, accuracies)), "costs": list(map(asdict, costs))}
     if args.repeats:
-        speeds = measure_speed(model, data.normalize(_draw(data, args.speed_images, 0)), args.repeats, args.cases)
+        images = data.normalize(_draw(data, args.speed_images, 0))
+        speeds = measure_speed(model, images, args.repeats, args.cases, args.max_memory_gb)
         print_speeds(f"{trained.network}, processor seconds on one thread, median of {args.repeats}", speeds)
         figures["speeds"] = list(map(asdict, speeds))
     if args.columns:

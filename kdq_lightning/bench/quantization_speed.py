@@ -3,6 +3,7 @@
 All figures are processor seconds of one thread. The functions run in turns, so that other processes disturb all alike.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,11 @@ class Speed:
 
 
 def measure_speed(
-    model: nn.Module, images: Tensor, repeats: int = 5, chosen: Sequence[str] = tuple(PATCHES)
+    model: nn.Module,
+    images: Tensor,
+    repeats: int = 5,
+    chosen: Sequence[str] = tuple(PATCHES),
+    max_memory_gb: float = 8.0,
 ) -> list[Speed]:
     """Return the seconds of the walk, its floor and the published recursion on the same images and patches.
 
@@ -72,7 +77,9 @@ def measure_speed(
         images: Normalised calibration images, (images, 3, h, w).
         repeats: Calls of each that are counted.
         chosen: Some of `PATCHES`.
+        max_memory_gb: Of a walk; see `quantize`.
     """
+    walk = partial(quantize, max_memory_gb=max_memory_gb)
     half, quarter = images[: len(images) // 2], images[: len(images) // 4]
     cases: list[tuple[tuple[str, str, int, int], Callable[[], object]]] = []
     for patches, batch, widths in (
@@ -86,9 +93,9 @@ def measure_speed(
         if patches not in chosen:
             continue
         case = (patches, len(batch), len(widths))
-        reports = quantize(model, [batch], widths[:1], **PATCHES[patches])[widths[0]].layers
+        reports = walk(model, [batch], widths[:1], **PATCHES[patches])[widths[0]].layers
         cases.append((("floor", *case), floor(model, batch, reports, len(widths))))
-        cases.append((("walk", *case), partial(quantize, model, [batch], widths, **PATCHES[patches])))
+        cases.append((("walk", *case), partial(walk, model, [batch], widths, **PATCHES[patches])))
     if "published" in chosen:
         recursion = partial(quantize_published, model, images, WIDTHS[2])
         cases.append((("published", "published", len(images), 1), recursion))
@@ -118,8 +125,7 @@ def floor(model: nn.Module, images: Tensor, layers: Sequence[LayerReport], width
         layers: Reports that say how many rows each layer is solved on.
         widths: Number of bit widths.
     """
-    shapes = [_input_shape(model.get_submodule(layer.name), layer.rows) for layer in layers]
-    inputs = {shape: torch.randn(2, *shape) for shape in set(shapes)}
+    shapes = Counter(_input_shape(model.get_submodule(layer.name), layer.rows) for layer in layers)
     batches = torch.split(images.contiguous(memory_format=torch.channels_last), FORWARD_IMAGES)
 
     @torch.inference_mode()
@@ -127,9 +133,9 @@ def floor(model: nn.Module, images: Tensor, layers: Sequence[LayerReport], width
         for _ in range(1 + widths):
             for batch in batches:
                 model(batch)
-        for shape in shapes:
-            x, x_quantized = inputs[shape]
-            for _ in range(widths):
+        for shape, count in shapes.items():
+            x, x_quantized = torch.ones(2, *shape)
+            for _ in range(count * widths):
                 torch.matmul(x_quantized.mT, x_quantized)
                 torch.matmul(x_quantized.mT, x)
 
