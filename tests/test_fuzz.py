@@ -129,6 +129,7 @@ def test_broken_files(changes, dropped):
 @given(changes)
 @example([(("trainer", "default_root_dir"), "é\u0000")])
 @example([(("quantization",), "é\u0000")])
+@example([(("model", "init_args", "weight_decay"), 10**9), (("trainer", "limit_train_batches"), 4)])
 def test_broken_lines(changes):
     fit_broken_line(changes)
 

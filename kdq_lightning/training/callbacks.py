@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.files import remove_empty, remove_leftovers, write_atomically
@@ -58,7 +59,8 @@ class RunFolder(Callback):
 
     def on_exception(self, trainer: LightningTrainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the folder if it holds neither a checkpoint nor a record, and those above it that are empty then."""
-        if trainer.is_global_zero and trainer.logger and trainer.global_step == 0:
+        saves_then = isinstance(exception, SIGTERMException) and trainer.global_step > 0
+        if trainer.is_global_zero and trainer.logger and not saves_then:
             folder = Path(trainer.logger.log_dir or "")
             if is_version(folder) and not any((folder / kept).exists() for kept in KEPT):
                 shutil.rmtree(folder, ignore_errors=True)
