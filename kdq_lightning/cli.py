@@ -19,7 +19,7 @@ WITHOUT_MODEL = {
     "report": "kdq_lightning.commands.report",
     "study": "kdq_lightning.study.command",
 }
-"""Modules of the commands with parsers of their own, the longer name first; the rest is `commands.command_line`."""
+"""Modules of the commands with parsers of their own, the longer name first; the rest is `commands.running`."""
 
 
 COMMANDS = {
@@ -78,8 +78,8 @@ def main(args: Sequence[str] | None = None) -> int:
         words = name.split()
         if arguments[: len(words)] == words:
             return exit_code_of(partial(importlib.import_module(module).main, arguments[len(words) :]))
-    command_line = importlib.import_module("kdq_lightning.commands.command_line")
-    return exit_code_of(partial(command_line.run_command, None if args is None else arguments))
+    running = importlib.import_module("kdq_lightning.commands.running")
+    return exit_code_of(partial(running.run_command, None if args is None else arguments))
 
 
 def find_own_files() -> None:

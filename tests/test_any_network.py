@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torchvision import models
 
 from kdq_lightning.cli import main
-from kdq_lightning.commands.command_line import read_settings
+from kdq_lightning.commands.running import read_settings
 from kdq_lightning.networks import build_network, strided_on_one_pixel
 from kdq_lightning.runs.checkpoints import load_trained
 from kdq_lightning.runs.records import Record, packed_path, read_records

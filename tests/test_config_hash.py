@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdq_lightning.commands.command_line import read_settings
+from kdq_lightning.commands.running import read_settings
 from kdq_lightning.quantization.methods import METHODS
 from kdq_lightning.runs.config_hash import config_hash
 from kdq_lightning.runs.records import read_records

@@ -10,7 +10,7 @@ from lightning.pytorch import seed_everything
 from torch import nn
 
 from kdq_lightning.cli import main
-from kdq_lightning.commands.command_line import read_settings
+from kdq_lightning.commands.running import read_settings
 from kdq_lightning.data.datamodules import DigitsDataModule
 from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.modules.optimization import GivenOptimizer

@@ -10,7 +10,7 @@ import yaml
 
 from kdq_lightning.bench.mixed_figure import draw_choices
 from kdq_lightning.cli import main
-from kdq_lightning.commands.command_line import read_settings
+from kdq_lightning.commands.running import read_settings
 from kdq_lightning.quantization.codebooks import CODEBOOKS
 from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS, MIXED_METHOD
 from kdq_lightning.quantization.solvers import SOLVERS

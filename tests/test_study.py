@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import save_file
 
 from kdq_lightning.cli import main
-from kdq_lightning.commands.command_line import read_settings
+from kdq_lightning.commands.running import read_settings
 from kdq_lightning.errors import UserError
 from kdq_lightning.networks import build_network
 from kdq_lightning.runs.records import write_records

@@ -12,7 +12,7 @@ import yaml
 from kdq_lightning.bench.step import trainer_seconds
 from kdq_lightning.cli import main
 from kdq_lightning.commands.arguments import load_class
-from kdq_lightning.commands.command_line import read_settings
+from kdq_lightning.commands.running import read_settings
 from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.data.datamodules import CIFARDataModule, DigitsDataModule
 from kdq_lightning.modules.classifier import Classifier

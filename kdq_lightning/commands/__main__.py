@@ -2,7 +2,7 @@
 
 import sys
 
-from kdq_lightning.commands.command_line import run_command
 from kdq_lightning.commands.messages import exit_code_of
+from kdq_lightning.commands.running import run_command
 
 sys.exit(exit_code_of(run_command))

@@ -1,12 +1,8 @@
 """The commands that have a model, `kdq fit, validate, test, predict, quantize`: LightningCLI with our run folders."""
 
-import io
 import os
-import signal
-import sys
-from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,28 +10,22 @@ from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch.optim import Optimizer
 
 from kdq_lightning.commands.arguments import check_class_given, check_given
-from kdq_lightning.commands.messages import quieten
-from kdq_lightning.commands.model_parser import GROUPS, Parser, parser_of
+from kdq_lightning.commands.model_parser import GROUPS, Parser
 from kdq_lightning.commands.resuming import ResumedRun, find_resumed_run, unfinished_quantization
-from kdq_lightning.data.base import ImageDataModule
 from kdq_lightning.errors import UserError
 from kdq_lightning.files import file_digest
-from kdq_lightning.modules.classifier import Classifier
 from kdq_lightning.quantization.packing import is_packed
 from kdq_lightning.runs.checkpoints import find_checkpoint
 from kdq_lightning.runs.config_hash import config_hash, version_hash
 from kdq_lightning.runs.versions import is_finished, is_version, mark_finished
-from kdq_lightning.training.callbacks import NameDeadRank, RunFolder, SaveConfig, WritePredictions, checkpoint_callbacks
+from kdq_lightning.training.callbacks import NameDeadRank, RunFolder, WritePredictions, checkpoint_callbacks
 from kdq_lightning.training.dashboard import Dashboard
 from kdq_lightning.training.header import LABEL, Header
-from kdq_lightning.training.interruption import StoppedByUser
-from kdq_lightning.training.lightning_internals import EpochBar, WithoutRunning
+from kdq_lightning.training.lightning_internals import EpochBar
 from kdq_lightning.training.monitors import CheckMonitors
 from kdq_lightning.training.post_training import PostTrainingQuantization
 from kdq_lightning.training.result_tables import SCORES_EXPLAINED, quantize_command, scores_table
@@ -64,7 +54,7 @@ class CommandLine(LightningCLI):
         parser.add_argument(
             "--name", type=str | None, default=None, help="Run folder; default: the config's file name."
         )
-        if set(self.subcommands()) == {"predict"}:  # `build_command_line` collects the options of one command
+        if set(self.subcommands()) == {"predict"}:  # as the options of one command alone are collected
             parser.add_argument(
                 "--images", type=str | None, default=None, help="Folder of images to predict; default: the test images."
             )
@@ -218,10 +208,8 @@ class CommandLine(LightningCLI):
         self.model.trainer = self.trainer
         self.trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
         run.check_is_run_of(self.model)
-        self.model.weights, self.model.pretrained = (
-            None,
-            False,
-        )  # Lightning loads the checkpoint after setup; what the run began with may be gone
+        # Lightning loads the checkpoint after setup; what the run began with may be gone.
+        self.model.weights, self.model.pretrained = None, False
         if run.has_ended(self.trainer):  # and was cut off before it could say so
             mark_finished(run.folder)
         if not is_finished(run.folder):
@@ -269,90 +257,3 @@ def _expand_home(config: Namespace) -> None:
     for group, key in places:
         if group is not None and isinstance(path := group.get(key), str | Path) and str(path).startswith("~"):
             group[key] = type(path)(os.path.expanduser(path))
-
-
-class ConfigReader(WithoutRunning, CommandLine):
-    """Parses a command and goes no further."""
-
-
-class Settings(NamedTuple):
-    """What a command would run with.
-
-    Attributes:
-        config: All options.
-        config_hash: Of its records.
-    """
-
-    config: dict[str, Any]
-    config_hash: str
-
-
-def read_settings(args: list[str]) -> Settings:
-    """Return what `kdq fit` or `kdq quantize` would run with, without running it.
-
-    Args:
-        args: Such as ["fit", "--config", "configs/quickstart.yaml"].
-
-    Raises:
-        UserError: If an option is unknown or malformed, or the command needs weights and there are none.
-    """
-    quieten()
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            command_line = build_command_line(ConfigReader, args)
-    except SystemExit as stop:  # as a parser ends a command
-        raise UserError(said.getvalue().strip().removeprefix("kdq: ")) from stop
-    print(said.getvalue(), end="", file=sys.stderr)
-    return Settings(command_line.config[command_line.subcommand].as_dict(), command_line.hash_config())
-
-
-def build_command_line(kind: type[CommandLine], args: ArgsType) -> CommandLine:
-    """Parse a command and run it, if the kind does.
-
-    Only the options of that command are collected, as each command's take a tenth of a second.
-    """
-    command, commands = next(iter(sys.argv[1:] if args is None else args), None), kind.subcommands()
-    if command in commands:
-        kind = type(kind.__name__, (kind,), {"subcommands": staticmethod(lambda: {command: commands[command]})})
-    return kind(
-        Classifier,
-        ImageDataModule,
-        trainer_class=Trainer,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        parser_class=parser_of(f"kdq {command}" if command in commands else "kdq"),
-        parser_kwargs={
-            "prog": "kdq",
-            "description": "Distil image classifiers, quantize them, and compare at equal bytes.",
-            "epilog": "Without a model: kdq bench, kdq export, kdq list, kdq report, kdq study; each has --help.",
-            "default_env": True,
-            "env_prefix": "KDQ",
-        },
-        args=args,
-    )
-
-
-def run_command(args: ArgsType = None) -> int:
-    """Run `kdq fit`, `validate`, `test`, `predict` or `quantize`, and return the exit code.
-
-    Args:
-        args: The command and its options; those of the process if not given.
-
-    Raises:
-        SystemExit: With 2 if an option is unknown or malformed, with 130 after Ctrl-C, with 143 if the process was told
-            to terminate.
-    """
-    quieten()
-    try:
-        build_command_line(CommandLine, args)
-    except StoppedByUser as stop:
-        rank_zero_only(print)(f"kdq: {stop}", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from stop
-    except SIGTERMException as stop:  # Lightning's own leave with 0
-        raise SystemExit(128 + signal.SIGTERM) from stop
-    return 0

@@ -14,8 +14,8 @@ from typing import TextIO
 
 import torch
 
-from kdq_lightning.commands.command_line import read_settings, run_command
 from kdq_lightning.commands.messages import exit_code_of
+from kdq_lightning.commands.running import read_settings, run_command
 from kdq_lightning.runs.config_hash import version_hash
 from kdq_lightning.study.progress import Progress
 from kdq_lightning.study.provenance import is_outdated

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdq_lightning.commands.command_line import Settings, read_settings
+from kdq_lightning.commands.running import Settings, read_settings
 from kdq_lightning.errors import UserError
 from kdq_lightning.runs.versions import newest_finished, newest_version
 
