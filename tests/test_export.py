@@ -64,7 +64,7 @@ def test_state_dict_as_its_docstring_reads_it(quantized: Quantized, packed: str,
 
 def test_a_run_folder_exports_its_best_checkpoint(teacher_run: Path, workspace: Path, capsys):
     assert main(["export", str(teacher_run), "--to=state_dict", "--out=plain.safetensors"]) == 0
-    assert "; float32" in capsys.readouterr().out
+    assert "\n  float32\n" in capsys.readouterr().out
     trained = load_trained(teacher_run)["resnet8"].state
     assert all(torch.equal(value, trained[name]) for name, value in load_file("plain.safetensors").items())
 
@@ -81,9 +81,9 @@ def test_onnx_computes_what_torch_does(is_alone: bool, quantized: Quantized, pac
     else:
         assert main(command) == 0
     out, err = capfd.readouterr()
-    assert err == "" and out.count("\n") == 2
+    assert err == "" and out.count("\n") == 7 and max(map(len, out.splitlines())) <= 80
     assert not recwarn.list and not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert float(out.split("difference to torch ")[1].split(";")[0]) < 1e-4
+    assert float(out.split("difference to torch ")[1].split("\n")[0]) < 1e-4
     assert root.encode() not in Path("net.onnx").read_bytes()
     session = onnxruntime.InferenceSession("net.onnx", providers=["CPUExecutionProvider"])
     for images in (IMAGES, torch.randn(1, 3, 32, 32)):

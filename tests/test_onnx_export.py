@@ -188,7 +188,7 @@ def test_planes_and_packed_bits_are_printed(codebook: str, planes: int, workspac
     result.save("packed.safetensors", packed_metadata("resnet8", 10, Statistics((0.4,) * 3, (0.2,) * 3)))
     assert main(["export", "packed.safetensors", "--to=onnx", "--out=net.onnx"]) == 0
     packed = "2.33" if codebook == "paper" else "2.00"
-    assert f"; {planes}.00 planes a weight where packing takes {packed} bits" in capsys.readouterr().out
+    assert f"\n  {planes}.00 planes a weight where packing takes {packed} bits" in capsys.readouterr().out
     files = (Path("packed.safetensors"), Path("net.onnx"))
     expected = sum(weight.codes.numel() for weight in result.weights.values()) * (planes - float(packed)) / 8
     assert 0 < files[1].stat().st_size - files[0].stat().st_size - expected < 10_000

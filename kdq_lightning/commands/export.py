@@ -58,10 +58,11 @@ def main(args: list[str]) -> int:
     else:
         content, remark = to_torch_export(trained, image_shape(trained, options.image_size))
     write_atomically(options.out, content)
-    print(f"{options.out}: {_describe(trained)}, {len(content) / 1e6:.2f} MB; {remark}")
     mean, std = map(list, trained.statistics)
     kind = "RGB images" if len(mean) == 3 else f"images of {len(mean)} channels"
-    print(f"inputs: {kind} in [0, 1], minus {mean}, divided by {std}")
+    lines = [f"{options.out}: {_describe(trained)}, {len(content) / 1e6:.2f} MB", *remark.split("; ")]
+    lines += [f"inputs: {kind} in [0, 1],", f"minus {mean}, divided by {std}"]
+    print("\n  ".join(lines))  # lines that a terminal of 80 columns needn't wrap
     return 0
 
 
