@@ -235,6 +235,9 @@ def test_runs_of_all_strategies_overlay(run: Path):
     (layout,) = layouts
     charts = [chart for category in Layout.FromString(layout).category for chart in category.chart]
     drawn = {series.value for chart in charts for series in chart.margin.series}
+    is_gpfq = [{"gpfq" in one.value for one in chart.margin.series if "float" not in one.value} for chart in charts]
+    assert all(len(found) == 1 for found in is_gpfq)  # a run has one colour, so methods aren't mixed
+    assert charts[-1].title == "accuracy vs bytes, default and mixed"  # the last is shown first
     written = {tag for events in runs for tag in events.Tags()["scalars"] if "accuracy_vs" in tag or "float_acc" in tag}
     assert {tag for tag in written if "_low" not in tag and "_high" not in tag} <= drawn
     for chart in charts:

@@ -82,22 +82,29 @@ def _summary(records: Sequence[Record]) -> Iterator[Point]:
 def charts() -> dict[str, list[tuple[str, ...]]]:
     """Return the charts of the custom scalars by title: tags of value, lower and upper bound of each series.
 
-    They are alike in every run, as TensorBoard shows charts of their own for each other layout.
+    They are alike in every run, as TensorBoard shows charts of their own for each other layout. It gives all series of
+    a run one colour, so each published method has charts of its own, where a network is one curve.
     """
-    methods = [tag_of(method) for method in (*METHODS, CUSTOM_METHOD)]
-    by_bits = [_margin(f"accuracy_vs_bits{method}") for method in methods]
-    by_bytes = [_margin(f"accuracy_vs_bytes{method}") for method in [*methods, tag_of(MIXED_METHOD)]]
+    own = (DEFAULT_METHOD, CUSTOM_METHOD)  # a run has one of them
     float_line = ("float_accuracy",) * 3  # without its interval, which would cover the others
-    series = {"accuracy vs bits": [*by_bits, float_line], "accuracy vs bytes": by_bytes}
+    series: dict[str, list[tuple[str, ...]]] = {
+        "accuracy vs bytes, default and mixed": _margins("bytes", (*own, MIXED_METHOD)),
+        "accuracy vs bits, default": [*_margins("bits", own), float_line],
+    }
+    for method in METHODS:
+        if method not in own:
+            series[f"accuracy vs bytes, {method}"] = _margins("bytes", (method,))
+            series[f"accuracy vs bits, {method}"] = [*_margins("bits", (method,)), float_line]
     return {
         title: [tuple(f"quantized/{tag}{suffix}" for tag in tags) for suffix in PEERS for tags in shown]
         for title, shown in series.items()
     }
 
 
-def _margin(tag: str) -> tuple[str, str, str]:
-    """Return the names of value, lower and upper bound of a curve."""
-    return tag, f"{tag}_low", f"{tag}_high"
+def _margins(axis: str, methods: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the names of value, lower and upper bound of each method's curve over an axis, `bits` or `bytes`."""
+    tags = [f"accuracy_vs_{axis}{tag_of(method)}" for method in methods]
+    return [(tag, f"{tag}_low", f"{tag}_high") for tag in tags]
 
 
 def tag_of(method: str) -> str:

@@ -171,11 +171,12 @@ def write_margin_charts(writer: SummaryWriter, category: str, charts: Mapping[st
     Args:
         writer: Of the run.
         category: Title of the group of charts.
-        charts: Tags of a value, its lower and its upper bound, a triple a series, by the chart's title.
+        charts: Tags of a value, its lower and its upper bound, a triple a series, by the chart's title; TensorBoard
+            shows the chart that is written last first.
     """
     layout = Layout()
     group = layout.category.add(title=category)
-    for title, series in charts.items():
+    for title, series in reversed(list(charts.items())):
         chart = group.chart.add(title=title)
         for value, lower, upper in series:
             chart.margin.series.add(value=value, lower=lower, upper=upper)
