@@ -32,6 +32,14 @@ def test_accuracy_of_all_peers_and_methods_in_one_picture(tmp_path: Path):
     assert colours["peer0, default"] == colours["peer1, default"] != colours["peer0, gpfq"]
 
 
+@pytest.mark.parametrize(("smallest", "largest"), [(25_490, 44_200), (55_200, 98_000), (25_490, 700_000)])
+def test_sizes_have_ticks_that_can_be_read(smallest: int, largest: int, tmp_path: Path):
+    sizes = zip(rows(tmp_path, "", 0), (smallest, smallest, largest, largest, largest), strict=True)
+    figure = accuracy_figure([replace(record, packed_bytes=size) for record, size in sizes], images=10_000)
+    (low, high), ticks = figure.axes[1].get_xlim(), figure.axes[1].get_xticks()
+    assert 2 <= len([tick for tick in ticks if low <= tick <= high]) <= 6
+
+
 @pytest.mark.parametrize(
     ("accuracies", "images", "least"),
     [([99.44, 99.16], 359, 20 / 3.59), ([91.73, 91.74], 10_000, 2), ([10, 90], 359, 80), ([100, 100], 20, 100)],

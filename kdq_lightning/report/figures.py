@@ -232,7 +232,8 @@ def _draw_by_bytes(axes: Axes, curves: Sequence[Curve]) -> None:
         name = "float" if bits == FLOAT_BITS else f"{bits:g}"
         axes.annotate(name, (size, y), (0, 6), textcoords="offset points", ha="center", fontsize=8, color="#555555")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()  # over few sizes LogLocator gives one tick, or so many that they overlap
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("bytes of the file; the small numbers are bits a weight")

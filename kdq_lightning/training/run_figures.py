@@ -5,7 +5,7 @@ from itertools import groupby
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from kdq_lightning.files import format_bytes
 from kdq_lightning.quantization.methods import CUSTOM_METHOD, DEFAULT_METHOD, MIXED_METHOD
@@ -54,7 +54,8 @@ def accuracy_figure(records: Sequence[Record], images: int) -> Figure:
     uniform = (record for record in records if record.method not in ("", MIXED_METHOD))
     by_bits.set_xticks(sorted({int(record.bits) for record in uniform}))
     by_bytes.set(xlabel="bytes of the file", ylabel="top-1 accuracy, %", xscale="log")
-    by_bytes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = by_bytes.get_xlim()  # over few sizes LogLocator gives one tick, or so many that they overlap
+    by_bytes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))
     by_bytes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
     by_bytes.xaxis.set_minor_formatter(NullFormatter())
     _frame(by_bits, by_bytes)
