@@ -36,6 +36,7 @@ from kdq_lightning.training.lightning_internals import (
     write_hyperparameters,
     write_margin_charts,
 )
+from tests.printed import DrawnMeanwhile
 
 PACKAGE = Path(__file__).resolve().parents[1] / "kdq_lightning"
 QUIET: dict[str, Any] = {
@@ -74,6 +75,24 @@ def test_the_bar_counts_epochs_from_one(monkeypatch: pytest.MonkeyPatch):
     trainer.fit(BoringModel())
     assert seen == [["epoch 1/2"]] * 3 + [["epoch 2/2"]] * 3
     assert bar.progress.tasks and not any(task.visible for task in bar.progress.tasks)
+
+
+def test_bars_are_not_drawn_while_a_line_is_printed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    bar = EpochBar(refresh_rate=20, console_kwargs={"file": io.StringIO()})
+    meanwhile = DrawnMeanwhile(lambda: bar.progress.refresh())
+
+    class Printing(Callback):
+        def on_train_start(self, trainer, pl_module):
+            bar.progress.console.push_render_hook(meanwhile)
+            bar.print("a line")
+            bar.progress.console.pop_render_hook()
+
+    trainer = LightningTrainer(
+        **QUIET | {"enable_progress_bar": True, "enable_checkpointing": False}, callbacks=[bar, Printing()]
+    )
+    trainer.fit(BoringModel())
+    assert meanwhile.finished and not any(meanwhile.finished)
 
 
 def test_a_stage_can_be_replaced():

@@ -26,6 +26,7 @@ from kdq_lightning.study.plan import read_study
 from kdq_lightning.study.progress import Progress, Stage, accuracies, format_seconds, read_stage
 from kdq_lightning.study.run import Run
 from tests.conftest import CONFIGS
+from tests.printed import DrawnMeanwhile
 from tests.records import write_run
 from tests.studies import TINY, write_study
 
@@ -390,7 +391,11 @@ def test_a_terminal_shows_what_is_going(workspace: Path, monkeypatch: pytest.Mon
     with progress:
         progress.start(second, [second])
         assert progress.live.is_started
+        meanwhile = DrawnMeanwhile(progress.live.refresh)
+        progress.console.push_render_hook(meanwhile)
         progress.finish(second, False, [])
+        assert meanwhile.finished == [False]
+        progress.console.pop_render_hook()
     assert not progress.live.is_started
     said = capsys.readouterr().out
     assert "started" not in said and "[2/2] second, seed 0: FAILED, see runs/second.log" in said

@@ -170,9 +170,10 @@ class Progress:
         return f"[{number:{self.width}}/{self.left}] {run.label}"
 
     def _print(self, line: str) -> None:
-        """Print a line above what is drawn, never wrapped, as it may hold a path."""
-        self.console.print(Text(line), soft_wrap=True)
-        self.console.file.flush()
+        """Print a line above what is drawn, never wrapped, as it may hold a path; rich's thread waits with drawing."""
+        with self.live._lock:
+            self.console.print(Text(line), soft_wrap=True)
+            self.console.file.flush()
 
     def _shown(self) -> Text:
         """Return what is drawn: of each run that is going what it does, and its log."""

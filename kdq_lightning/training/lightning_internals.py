@@ -6,6 +6,7 @@ changes it. No other module uses a private name of Lightning.
 
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ class EpochBar(RichProgressBar):
     """Lightning's bar with epochs counted from 1 and room for 80 columns; it is gone when the work is done.
 
     Where the output is no terminal it draws nothing, not even its last state. Relies on:
-    `RichProgressBar._get_train_description`, the words before the bar of a training, and `progress`, its bars.
+    `RichProgressBar._get_train_description`, the words before the bar of a training, and `progress`, its bars; and on
+    the lock of rich's `Live`.
     """
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
@@ -99,6 +101,11 @@ class EpochBar(RichProgressBar):
         """Return what the user logs with `prog_bar`, without the number of the version."""
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
         return {name: value for name, value in metrics.items() if name != "v_num"}
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bars; bars drawn by rich's thread meanwhile would take the line's place if they are more."""
+        with self.progress.live._lock if self.progress is not None else nullcontext():
+            super().print(*args, **kwargs)
 
     def teardown(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
         """Take the bars away."""
