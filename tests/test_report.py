@@ -338,7 +338,7 @@ def test_the_file_to_ship_exists_and_can_be_exported(tmp_path: Path):
     packed = packed_path(folder, read_records(folder)[0])
     packed.parent.mkdir()
     packed.touch()
-    assert f"`kdq export {packed} --to onnx --out {packed.stem}.onnx`" in sentence_on_shipping(
+    assert f"\n\n    kdq export {packed} --to onnx --out {packed.stem}.onnx" in sentence_on_shipping(
         _findings(tmp_path), 3300, None
     )
     assert f"the float network of `{folder}`" in sentence_on_shipping(_findings(tmp_path), None, 89)

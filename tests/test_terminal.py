@@ -11,7 +11,7 @@ from rich.console import Console
 from kdq_lightning.cli import main
 from kdq_lightning.commands import report
 from kdq_lightning.networks import network_names
-from kdq_lightning.runs.records import read_records
+from kdq_lightning.runs.records import packed_path, read_records
 from kdq_lightning.training.result_tables import terminal_table
 from tests.records import write_run
 
@@ -33,6 +33,20 @@ def test_the_answer_is_cut_between_words(
     in_file, on_terminal = shown
     assert max(map(len, on_terminal.splitlines())) <= 50 < max(map(len, in_file.splitlines()))
     assert on_terminal.split() == in_file.split()
+
+
+def test_a_command_in_the_answer_is_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A narrow terminal, too, gets it in one line, to be copied."""
+    folder = tmp_path / "run" / "version_0"
+    write_run(folder, "control", {2: 80, 32: 90})
+    packed = packed_path(folder, read_records(folder)[0])
+    packed.parent.mkdir()
+    packed.touch()
+    monkeypatch.setattr(report, "Console", partial(Console, force_terminal=True, width=50, color_system=None))
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out"), "--max_bytes", "4kB"]) == 0
+    assert f"    kdq export {packed} --to onnx --out {packed.stem}.onnx\n" in capsys.readouterr().out
 
 
 def test_networks_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -61,7 +61,11 @@ def write_report(folders: list[Path], out: Path, options: ReportOptions | None =
         write_atomically(out / name, content)
     console = Console()
     is_wrapped = console.is_terminal  # between words; a file gets whole paragraphs
-    console.print(report.answer.replace("**", ""), markup=False, highlight=False, soft_wrap=not is_wrapped)
+    for number, paragraph in enumerate(report.answer.replace("**", "").split("\n\n")):
+        is_command = paragraph.startswith("    ")  # which is to be copied whole
+        console.print(
+            "\n" * (number > 0) + paragraph, markup=False, highlight=False, soft_wrap=is_command or not is_wrapped
+        )
     for dataset, table in report.advice.items():
         console.print(_shown(dataset, table))
     if report.advice:

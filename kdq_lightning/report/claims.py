@@ -65,9 +65,9 @@ def nearly_float(drops: Sequence[Drop]) -> Table:
     for row, own in _by_row(drops):
         smallest = next((drop for drop in own if drop.own.points <= NEAR), None)
         certain = next((drop for drop in own if drop.own.high <= NEAR), None)
-        lines.append([row.label, *(_loss(drop) if drop else "none" for drop in (own[-1], smallest, certain))])
-    near = f"within {NEAR:g} point of float"
-    header = ["", "at the most bits", f"fewest bits {near}", f"fewest with the whole interval {near}"]
+        losses = [_loss(drop) if drop else "none" for drop in (own[-1], smallest)]
+        lines.append([row.label, *losses, f"{certain.bits} bits" if certain else "none"])
+    header = ["", "at the most bits", f"at the fewest within {NEAR:g} point", "fewest with the whole interval within"]
     return table_of_texts(header, lines)
 
 

@@ -53,7 +53,7 @@ def _where(m: Measurement) -> str:
         return f"It is the float network of `{m.folder}`."
     path = packed_path(m.folder, m.record)
     if path.is_file():
-        return f"Take it elsewhere: `kdq export {path} --to onnx --out {path.stem}.onnx`"
+        return f"Take it elsewhere:\n\n    kdq export {path} --to onnx --out {path.stem}.onnx"
     return f"Its record is in `{m.folder}`; its packed file, `{path.name}`, is not beside it."
 
 
