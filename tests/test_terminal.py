@@ -63,6 +63,21 @@ def test_networks_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert len(lines) < 20 and max(map(len, lines)) <= 80
 
 
+@pytest.mark.parametrize("kind", ["strategies", "data", "methods"])
+def test_lists_are_cut_between_words_on_a_terminal(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """What a name is stays in its column; a file gets a line a name."""
+    assert main(["list", kind]) == 0
+    in_file = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["list", kind]) == 0
+    on_terminal = capsys.readouterr().out
+    assert on_terminal.split() == in_file.split()
+    assert max(map(len, on_terminal.splitlines())) <= 80 < max(map(len, in_file.splitlines()))
+
+
 def test_the_table_names_the_network_of_a_peer(tmp_path: Path):
     """Below the peer; a network without peers stands once."""
     for strategy, peers in (("dml", ("peer0", "peer1")), ("control", ("",))):

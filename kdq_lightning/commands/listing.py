@@ -1,7 +1,10 @@
 """`kdq list`: the names that options take, one a line, so that they can be searched."""
 
 import inspect
+import re
+import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -24,8 +27,16 @@ def main(args: list[str]) -> int:
     parser = OneLineErrors(prog="kdq list", description=__doc__)
     parser.add_argument("kind", choices=list(LISTS), help="What to list.")
     for line in LISTS[parser.parse_args(args).kind]():
-        print(line)
+        print(_cut_between_words(line) if sys.stdout.isatty() else line)
     return 0
+
+
+def _cut_between_words(line: str) -> str:
+    """Return a line as lines of the terminal's width; what follows a name stays in its column."""
+    column = re.match(r"\S+ {2,}", line)
+    indent = " " * (len(column.group()) if column else 2)
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def list_networks() -> Iterator[str]:
