@@ -67,7 +67,7 @@ def nearly_float(drops: Sequence[Drop]) -> Table:
         certain = next((drop for drop in own if drop.own.high <= NEAR), None)
         losses = [_loss(drop) if drop else "none" for drop in (own[-1], smallest)]
         lines.append([row.label, *losses, f"{certain.bits} bits" if certain else "none"])
-    header = ["", "at the most bits", f"at the fewest within {NEAR:g} point", "fewest with the whole interval within"]
+    header = ["", "at the most bits", f"at the fewest within {NEAR:g} point", "fewest, whole interval"]
     return table_of_texts(header, lines)
 
 
