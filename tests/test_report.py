@@ -74,6 +74,20 @@ def test_rows_hold_every_record(study: Path):
     assert np.array_equal(dml.correct[1], draw_correct(89.5, 1007).numpy())  # peer0 alone is compared
 
 
+def test_peers_of_different_networks_are_rows_of_their_own(tmp_path: Path):
+    """Each with its own accuracy beside its own bytes, also the one that isn't the first peer."""
+    records = write_run(tmp_path, "dml", {2: 70.0, 4: 80.0}, peers=("peer0", "peer1"))
+    other = [replace(r, network="resnet50", packed_bytes=2 * r.packed_bytes) for r in records if r.peer == "peer1"]
+    write_records(tmp_path, [r for r in records if r.peer == "peer0"] + other)
+    rows = read_rows([tmp_path])[0]["cifar10"]
+    assert [row.label for row in rows] == ["DML (resnet18)", "DML (resnet50)"]
+    for row, peer in zip(rows, ("peer0", "peer1"), strict=True):
+        own = {r.bits: r for r in read_records(tmp_path) if r.peer == peer}
+        for bits, cell in row.cells.items():
+            assert cell.packed_bytes == own[bits].packed_bytes
+            assert cell.summaries["test_top1"].mean == own[bits].test_top1 and list(cell.correct) == [0]
+
+
 def test_table_in_all_forms(report: Path):
     with (report / "accuracy_cifar10.csv").open() as file:
         header, *rows = list(csv.reader(file))

@@ -128,12 +128,12 @@ def _figures(record: Record) -> dict[str, object]:
 def _group(measurements: Iterable[Measurement]) -> list[list[Measurement]]:
     """Return the measurements of each trained network, over all methods.
 
-    They have the same settings (`config_hash`); they differ in seed, peer, method and bit width. Recovery after
-    quantization has a run for each bit width: these are one group, too.
+    They have the same settings (`config_hash`) and network; they differ in seed, peer, method and bit width. Recovery
+    after quantization has a run for each bit width: these are one group, too.
     """
-    by_settings: defaultdict[tuple[str, str, str], list[Measurement]] = defaultdict(list)
+    by_settings: defaultdict[tuple[str, str, str, str], list[Measurement]] = defaultdict(list)
     for m in measurements:
-        by_settings[m.record.dataset, m.record.strategy, m.record.config_hash].append(m)
+        by_settings[m.record.dataset, m.record.strategy, m.record.config_hash, m.record.network].append(m)
     groups: list[list[Measurement]] = []
     for group in by_settings.values():
         same = next((other for other in groups if _is_same_recovery(group, other)), None)
@@ -149,17 +149,12 @@ def _is_same_recovery(group: list[Measurement], other: list[Measurement]) -> boo
 
     def settings(group: list[Measurement]) -> tuple[str, str, str, str]:
         first = group[0].record
-        return first.dataset, first.strategy, _network(group), re.sub(r"\d+bit", "", first.run)
+        return first.dataset, first.strategy, first.network, re.sub(r"\d+bit", "", first.run)
 
     if group[0].record.strategy != "recover" or settings(group) != settings(other):
         return False
     sizes = [{(m.record.method, identity(m.record).bits) for m in members} for members in (group, other)]
     return sizes[0].isdisjoint(sizes[1])
-
-
-def _network(group: list[Measurement]) -> str:
-    """Return the network's name, such as "resnet18"; of peers with different networks "resnet18+resnet20"."""
-    return "+".join(dict.fromkeys(m.record.network for m in sorted(group, key=lambda m: m.record.peer)))
 
 
 def _rows(groups: list[list[Measurement]], shown: Mapping[str, Appearance]) -> list[Row]:
@@ -169,10 +164,11 @@ def _rows(groups: list[list[Measurement]], shown: Mapping[str, Appearance]) -> l
         groups: The measurements of each trained network.
         shown: How each strategy is shown, in the order of tables.
     """
-    teachers = {_network(group) for group in groups if group[0].record.strategy == "teacher"}
+    teachers = {group[0].record.network for group in groups if group[0].record.strategy == "teacher"}
     rows = []
     for group in groups:
-        dataset, strategy, network = group[0].record.dataset, group[0].record.strategy, _network(group)
+        first = group[0].record
+        dataset, strategy, network = first.dataset, first.strategy, first.network
         members: defaultdict[tuple[str, int], list[Measurement]] = defaultdict(list)
         for m in sorted(group, key=lambda m: (m.record.bits, m.record.seed, m.record.peer)):
             members[m.record.method, identity(m.record).bits].append(m)

@@ -75,8 +75,9 @@ class Cell:
 
     @cached_property
     def first_peers(self) -> tuple[Measurement, ...]:
-        """The measurements that paired tests and choices use: in mutual learning, those of `peer0` alone."""
-        return tuple(m for m in self.measurements if m.record.peer in ("", "peer0"))
+        """The measurements that paired tests and choices use: of mutual learning's peers, those of the first alone."""
+        first = min(m.record.peer for m in self.measurements)
+        return tuple(m for m in self.measurements if m.record.peer == first)
 
     @cached_property
     def packed_bytes(self) -> int:
@@ -133,7 +134,7 @@ class Row:
     Attributes:
         dataset: Name of the data set.
         strategy: Its name in the records.
-        network: Name of the network; of peers with different networks all names, joined by "+".
+        network: Name of the network; peers with different networks are rows of their own.
         method: Name of the method that quantized it.
         cells: By bit width, in ascending order; `FLOAT_BITS` is the float network. Those of mixed bits by
             budget in bytes.
