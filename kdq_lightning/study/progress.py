@@ -18,6 +18,7 @@ from kdq_lightning.quantization.methods import DEFAULT_METHOD
 from kdq_lightning.runs.records import FLOAT_BITS, read_records
 from kdq_lightning.runs.versions import is_version
 from kdq_lightning.study.run import Run
+from kdq_lightning.training.lightning_internals import drawing_waits
 
 TAIL = 4096  # bytes at the end of a log in which the last epoch's line is
 REFRESHED = 2  # times a second, on a terminal
@@ -171,7 +172,7 @@ class Progress:
 
     def _print(self, line: str) -> None:
         """Print a line above what is drawn, never wrapped, as it may hold a path; rich's thread waits with drawing."""
-        with self.live._lock:
+        with drawing_waits(self.live):
             self.console.print(Text(line), soft_wrap=True)
             self.console.file.flush()
 

@@ -1,4 +1,4 @@
-"""Uses of Lightning's private functions, all in this file.
+"""Uses of private functions of Lightning, TensorBoard and rich, all in this file.
 
 Each part has a test of its own in tests/test_lightning_internals.py, which says what breaks if a release of Lightning
 changes it. No other module uses a private name of Lightning.
@@ -6,7 +6,7 @@ changes it. No other module uses a private name of Lightning.
 
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ModelCheckpoint as LightningModelCheckpoint
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.custom_scalar import metadata
@@ -79,12 +80,19 @@ class ModelCheckpoint(LightningModelCheckpoint):
         super().load_state_dict({**state_dict, **paths, "best_k_models": scores, "dirpath": self.dirpath})
 
 
+def drawing_waits(live: Live) -> AbstractContextManager[Any]:
+    """Return a context in which rich's thread doesn't draw, so that a line printed in it isn't drawn over.
+
+    Relies on: the lock of rich's `Live`.
+    """
+    return live._lock
+
+
 class EpochBar(RichProgressBar):
     """Lightning's bar with epochs counted from 1 and room for 80 columns; it is gone when the work is done.
 
     Where the output is no terminal it draws nothing, not even its last state. Relies on:
-    `RichProgressBar._get_train_description`, the words before the bar of a training, and `progress`, its bars; and on
-    the lock of rich's `Live`.
+    `RichProgressBar._get_train_description`, the words before the bar of a training, and `progress`, its bars.
     """
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
@@ -104,7 +112,7 @@ class EpochBar(RichProgressBar):
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print above the bars; bars drawn by rich's thread meanwhile would take the line's place if they are more."""
-        with self.progress.live._lock if self.progress is not None else nullcontext():
+        with drawing_waits(self.progress.live) if self.progress is not None else nullcontext():
             super().print(*args, **kwargs)
 
     def teardown(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
