@@ -67,10 +67,10 @@ def check_least(network: nn.Module, budgets: Sequence[int], **given: str | float
         UserError: If one is too small even where every layer has the fewest levels. Layers that can't be quantized
             only make the file larger.
     """
+    if not budgets:
+        return
     copied = copy_for_walk(network)
     names = list(layers_of(copied))
-    if not budgets or not names:
-        return
     tied = tied_layers(copied, names)
     files = Files(copied, [name for name in names if name not in tied], tied, candidate_recipes(None, **given))
     files.check(min(budgets), files.size([0] * len(files.names)))
