@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,8 +86,37 @@ def test_the_command(images: Path, workspace: Path, monkeypatch: pytest.MonkeyPa
         ("random", 4, 4),
     ]
     assert Path("f.svg").read_text().rstrip().endswith("</svg>")
+    check_resuming(parser, options, asked, figures)
     with pytest.raises(UserError, match=r"--figure f\.jpg: end its name with \.svg or \.png"):
         mixed.run(parser.parse_args([*options[:-1], "--figure=f.jpg"]))
+
+
+def check_resuming(parser: ArgumentParser, options: list[str], asked: list[tuple[Any, ...]], figures: dict[str, Any]):
+    """Draw after draw gives what all draws at once give; draws of other settings are refused, and kept."""
+
+    def bench(*more: str) -> dict[str, Any]:
+        return mixed.run(parser.parse_args([*options, "--json=parts.json", *more]))
+
+    asked.clear()
+    bench("--draws=1")
+    assert {**bench("--resume"), "hardware": figures["hardware"]} == figures
+    assert [seed for *_, seed in asked] == [0, 1]
+    parts = Path("parts.json").read_text()
+    assert bench("--resume")["choices"] == figures["choices"]
+    for option, name in (("--random=3", "random_choices 2, not 3"), ("--images=8", "calibration_images 16, not 8")):
+        with pytest.raises(UserError, match=rf"the draws in parts\.json were made with {name}: give the same"):
+            bench("--resume", option)
+    torch.manual_seed(1)
+    save_file(build_network("resnet8", 10).state_dict(), "others.safetensors")
+    with pytest.raises(UserError, match=r"parts\.json were made with weights \w+, not \w+: give the same"):
+        bench("--resume", "--weights=others.safetensors")
+    assert [seed for *_, seed in asked] == [0, 1] and Path("parts.json").read_text() == parts
+    Path("list.json").write_text("[1]")
+    for name in ("absent", "list"):
+        with pytest.raises(UserError, match=rf"{name}\.json holds no figures of kdq bench mixed to go on with"):
+            bench("--resume", f"--json={name}.json")
+    with pytest.raises(UserError, match="--resume goes on with a file of figures: name it by --json"):
+        mixed.run(parser.parse_args([option for option in options if "--json" not in option] + ["--resume"]))
 
 
 def test_the_figure_shows_means_and_deviations():

@@ -2,8 +2,9 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -64,27 +65,37 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--random", type=int, default=4, help="Random choices for each bit width in a draw.")
     parser.add_argument("--test_images", type=int, default=None, help="So many of the test images; all if not given.")
     parser.add_argument("--figure", type=Path, default=None, help="Accuracy against bytes, .svg or .png.")
+    parser.add_argument("--resume", action="store_true", help="Go on after the draws that the file of --json holds.")
 
 
 def run(args: Namespace) -> dict[str, Any]:
     """Measure the accuracies, print the table, and return the figures; `--json` gets them after each draw.
 
     Raises:
-        UserError: If the weights or the data can't be read, or the figure's name ends otherwise than its formats.
+        UserError: If the weights, the data or the figures to go on with can't be read, or the figure's name ends
+            otherwise than its formats.
     """
     if args.figure and args.figure.suffix not in FORMATS:
         raise UserError(f"--figure {args.figure}: end its name with {' or '.join(FORMATS)}")
+    if args.resume and not args.json:
+        raise UserError("--resume goes on with a file of figures: name it by --json")
     trained = load_network(args.weights, args)
     data = CIFARDataModule(args.dataset, args.root, **trained.statistics._asdict())
     data.setup()
     model = trained.build()
     every = max(1, len(data.test_set.labels) // (args.test_images or len(data.test_set.labels)))
     test = Split(data.test_set.images[::every], data.test_set.labels[::every])  # sorted by class, so evenly taken
-    rows = {("float", ""): Choice("float", "", [len(state_dict_bytes(model))])}
-    rows["float", ""].top1.append(evaluate(model, test, trained.statistics).top1)
-    figures: dict[str, Any] = {"network": trained.network, "dataset": args.dataset, "hardware": hardware()}
-    figures |= {"calibration_images": args.images, "test_images": len(test.labels)}
-    for seed in range(args.draws):
+    whole = state_dict_bytes(model)
+    settings: dict[str, Any] = {"network": trained.network, "weights": blake2b(whole, digest_size=8).hexdigest()}
+    settings |= {"dataset": args.dataset, "calibration_images": args.images}
+    settings |= {"bits": args.bits, "random_choices": args.random, "test_images": len(test.labels)}
+    figures: dict[str, Any] = read_figures(args.json, settings) if args.resume else {"draws": 0}
+    figures |= {**settings, "hardware": hardware()}
+    rows = {(row["method"], row["size"]): Choice(**row) for row in figures.get("choices", ())}
+    if not rows:
+        rows["float", ""] = Choice("float", "", [len(whole)])
+        rows["float", ""].top1.append(evaluate(model, test, trained.statistics).top1)
+    for seed in range(figures["draws"], args.draws):
         data.split_seed = seed  # after setup it chooses calibration images alone
         images = data.normalize(data.calibration_images(args.images)[0])
         for method, size, network in quantized_networks(model, images, args.bits, args.random, seed):
@@ -97,6 +108,27 @@ def run(args: Namespace) -> dict[str, Any]:
     print_choices(f"{trained.network}, {args.dataset}, {len(test.labels)} test images", list(rows.values()))
     if args.figure:
         write_atomically(args.figure, render(draw_choices([figures]), args.figure.suffix.removeprefix(".")))
+    return figures
+
+
+def read_figures(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures in a file, which more draws are to join.
+
+    Args:
+        path: What an earlier `--json` wrote.
+        settings: What the draws to come are made with, by the name that it has in the file.
+
+    Raises:
+        UserError: If the file can't be read, or its draws were made with other settings.
+    """
+    try:
+        figures: dict[str, Any] = json.loads(path.read_bytes())
+        other = [name for name, value in settings.items() if figures[name] != value]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no figures of kdq bench mixed to go on with: leave out --resume") from error
+    if other:
+        made = ", ".join(f"{name} {figures[name]}, not {settings[name]}" for name in other)
+        raise UserError(f"the draws in {path} were made with {made}: give the same, or another --json")
     return figures
 
 
