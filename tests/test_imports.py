@@ -22,6 +22,7 @@ FLOORS = {
     "evaluation": 4,
     "data": 3,
     "quantization": 3,
+    "byte_axis": 3,
     "networks": 2,
     "files": 2,
     "losses": 1,

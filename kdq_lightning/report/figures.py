@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from kdq_lightning.files import format_bytes
+from kdq_lightning.byte_axis import scale_by_bytes
 from kdq_lightning.quantization.methods import MIXED_METHOD
 from kdq_lightning.report.findings import Findings
 from kdq_lightning.report.published import NETWORKS, published_curves
@@ -231,11 +231,7 @@ def _draw_by_bytes(axes: Axes, curves: Sequence[Curve]) -> None:
     for (bits, _), (y, size) in highest.items():
         name = "float" if bits == FLOAT_BITS else f"{bits:g}"
         axes.annotate(name, (size, y), (0, 6), textcoords="offset points", ha="center", fontsize=8, color="#555555")
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()  # over few sizes LogLocator gives one tick, or so many that they overlap
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    scale_by_bytes(axes)
     axes.set_xlabel("bytes of the file; the small numbers are bits a weight")
 
 

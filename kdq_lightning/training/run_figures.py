@@ -5,9 +5,8 @@ from itertools import groupby
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from kdq_lightning.files import format_bytes
+from kdq_lightning.byte_axis import scale_by_bytes
 from kdq_lightning.quantization.methods import CUSTOM_METHOD, DEFAULT_METHOD, MIXED_METHOD
 from kdq_lightning.runs.records import FLOAT_BITS, LayerRecord, Record
 from kdq_lightning.strategies import appearances
@@ -53,11 +52,8 @@ def accuracy_figure(records: Sequence[Record], images: int) -> Figure:
     by_bits.set_ylim(*accuracy_range([record.top1 for record in records if record.top1 is not None], images))
     uniform = (record for record in records if record.method not in ("", MIXED_METHOD))
     by_bits.set_xticks(sorted({int(record.bits) for record in uniform}))
-    by_bytes.set(xlabel="bytes of the file", ylabel="top-1 accuracy, %", xscale="log")
-    low, high = by_bytes.get_xlim()  # over few sizes LogLocator gives one tick, or so many that they overlap
-    by_bytes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))
-    by_bytes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
-    by_bytes.xaxis.set_minor_formatter(NullFormatter())
+    by_bytes.set(xlabel="bytes of the file", ylabel="top-1 accuracy, %")
+    scale_by_bytes(by_bytes)
     _frame(by_bits, by_bytes)
     figure.legend(*by_bytes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
