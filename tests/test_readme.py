@@ -15,13 +15,16 @@ from kdq_lightning.quantization.codebooks import CODEBOOKS
 from kdq_lightning.quantization.methods import CUSTOM_METHOD, METHODS, MIXED_METHOD
 from kdq_lightning.quantization.solvers import SOLVERS
 from kdq_lightning.report.figures import render
+from kdq_lightning.report.published import BITS as PUBLISHED_BITS
 from kdq_lightning.report.published import TOP1
-from kdq_lightning.runs.records import FLOAT_BITS, find_records
+from kdq_lightning.runs.records import FLOAT_BITS, Record, find_records
+from kdq_lightning.strategies import APPEARANCES
 from kdq_lightning.study.plan import read_study
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 BITS = (2, 3, 4, 5, 8)
+BIT_WIDTHS = PUBLISHED_BITS[:-1]  # of the published study's quantized networks
 
 
 def test_accuracies_of_the_engine():
@@ -115,10 +118,57 @@ def test_projection_of_the_published_study():
     epochs = plan["runs"]["teacher"]["options"]["trainer.max_epochs"]
     assert all(plan["runs"][name]["options"]["trainer.max_epochs"] == epochs for name in ("control", "dml", "hint"))
     assert f"{epochs} epochs a run on two cores of a CPU" in text
-    assert f"projects {plan['projected_minutes'] / 60:.0f} hours" in text
+    assert f"projected {plan['projected_minutes'] / 60:.0f} hours" in text
     assert f"--budget_minutes {plan['budget_minutes']:.0f} --dry_run" in text
-    cells = sum(len(row) for rows in TOP1.values() for row in rows.values())
-    assert f"none of its {cells} cells is beaten" in text
+
+
+def test_what_has_been_run_of_the_published_study():
+    """The control beside the published students: how many of their accuracies it is above, what each loses."""
+    readme, page, own = (
+        " ".join(path.read_text().split())
+        for path in (ROOT / "README.md", ROOT / "docs" / "studies.md", RESULTS / "published_cifar10" / "README.md")
+    )
+    assert published_table() in (ROOT / "docs" / "studies.md").read_text()
+    found = published_control()
+    whole, default = found["", FLOAT_BITS], {bits: found["default", bits].test_top1 for bits in BIT_WIDTHS}
+    for text in (readme, page):
+        assert f"{whole.epochs} epochs" in text
+        assert f"{whole.test_top1:.2f} %" in text and f"{default[2]:.2f} %" in text
+    assert f"{whole.epochs} epochs on 45,000 images" in own
+    above = {name: sum(default[bits] > row[bits - 2] for bits in BIT_WIDTHS) for name, row in published_students()}
+    words = ", ".join(f"{count} of {name}" for name, count in above.items())
+    widths = len(BIT_WIDTHS)
+    assert f"above {sum(above.values())} of the {widths * len(above)} quantized ones ({words}; {widths} each)" in page
+    lost = ", ".join(f"{row[-1] - row[0]:.1f} ({name})" for name, row in published_students())
+    control = [f"{whole.test_top1 - value:.1f}" for value in (default[2], found["gpfq", 2].test_top1)]
+    words = "the control {} (by `gpfq`, with as many levels as theirs, {})".format(*control)
+    assert f"those students lose {lost} points, {words}" in page
+    assert f"none of the {sum(len(row) for rows in TOP1.values() for row in rows.values())} published cells" in page
+
+
+def published_students() -> list[tuple[str, tuple[float, ...]]]:
+    """Return title and accuracies at `PUBLISHED_BITS` of the published students of CIFAR-10, percent."""
+    return [(APPEARANCES[name].title, row) for name, row in TOP1["cifar10"].items() if name != "teacher"]
+
+
+def published_control() -> dict[tuple[str, float], Record]:
+    """Return the records in results/published_cifar10, all of which are of one control, by method and bit width."""
+    (records,) = find_records(RESULTS / "published_cifar10").values()
+    assert {record.strategy for record in records} == {"control"}  # with another run, the words that quote this are old
+    return {(record.method, record.bits): record for record in records}
+
+
+def published_table() -> str:
+    """Return the published accuracies of CIFAR-10's students and those measured here as a Markdown table, percent."""
+    lines = ["| | levels | " + " | ".join(f"{bits} bits" for bits in PUBLISHED_BITS) + " |"]
+    lines.append("|---|---|" + "---:|" * len(PUBLISHED_BITS))
+    for name, row in published_students():
+        lines.append(f"| {name}, published | 2^b + 1 | " + " | ".join(f"{value:.2f}" for value in row) + " |")
+    found = published_control()
+    for method, levels in (("gpfq", "2^b + 1"), ("default", "2^b")):
+        own = [found[method, bits] for bits in BIT_WIDTHS] + [found["", FLOAT_BITS]]
+        lines.append(f"| Control, `{method}` | {levels} | " + " | ".join(f"{row.test_top1:.2f}" for row in own) + " |")
+    return "\n".join(lines)
 
 
 def test_report_of_the_study(tmp_path: Path, without_pictures: None):
