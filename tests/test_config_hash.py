@@ -35,7 +35,7 @@ def names(folder: Path) -> str:
 
 
 def test_the_runs_are_here():
-    assert len(TRAINED) == 15 + 24 and len(OF_ONE_SEED) == 9 + 8 and TEACHER in FOLDERS
+    assert len(TRAINED) == 15 + 24 + 1 and len(OF_ONE_SEED) == 9 + 8 + 1 and TEACHER in FOLDERS
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=names)
