@@ -2,10 +2,12 @@
 
 import json
 import re
+import shlex
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+import pytest
 import yaml
 
 from kdq_lightning.bench.mixed_figure import draw_choices
@@ -144,6 +146,16 @@ def test_what_has_been_run_of_the_published_study():
     words = "the control {} (by `gpfq`, with as many levels as theirs, {})".format(*control)
     assert f"those students lose {lost} points, {words}" in page
     assert f"none of the {sum(len(row) for rows in TOP1.values() for row in rows.values())} published cells" in page
+
+
+def test_the_command_of_the_control(monkeypatch: pytest.MonkeyPatch):
+    """What stands beside its records trains the same thing again."""
+    monkeypatch.chdir(ROOT)
+    (command,) = re.findall(
+        r"```sh\nkdq (.*?)```", (RESULTS / "published_cifar10" / "README.md").read_text(), re.DOTALL
+    )
+    (recorded,) = {record.config_hash for record in published_control().values()}
+    assert read_settings(shlex.split(command.replace("\\\n", " "))).config_hash == recorded
 
 
 def published_students() -> list[tuple[str, tuple[float, ...]]]:
