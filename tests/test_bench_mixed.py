@@ -103,16 +103,21 @@ def check_resuming(parser: ArgumentParser, options: list[str], asked: list[tuple
     assert [seed for *_, seed in asked] == [0, 1]
     parts = Path("parts.json").read_text()
     assert bench("--resume")["choices"] == figures["choices"]
-    for option, name in (("--random=3", "random_choices 2, not 3"), ("--images=8", "calibration_images 16, not 8")):
+    for option, name in (
+        (["--random=3"], "random_choices 2, not 3"),
+        (["--images=8"], "calibration_images 16, not 8"),
+        (["--mean", ".4", ".5", ".5"], r"mean \[0\.5, 0\.5, 0\.5\], not \[0\.4, 0\.5, 0\.5\]"),
+    ):
         with pytest.raises(UserError, match=rf"the draws in parts\.json were made with {name}: give the same"):
-            bench("--resume", option)
+            bench("--resume", *option)
     torch.manual_seed(1)
     save_file(build_network("resnet8", 10).state_dict(), "others.safetensors")
     with pytest.raises(UserError, match=r"parts\.json were made with weights \w+, not \w+: give the same"):
         bench("--resume", "--weights=others.safetensors")
     assert [seed for *_, seed in asked] == [0, 1] and Path("parts.json").read_text() == parts
     Path("list.json").write_text("[1]")
-    for name in ("absent", "list"):
+    Path("cut.json").write_text(json.dumps({key: value for key, value in json.loads(parts).items() if key != "draws"}))
+    for name in ("absent", "list", "cut"):
         with pytest.raises(UserError, match=rf"{name}\.json holds no figures of kdq bench mixed to go on with"):
             bench("--resume", f"--json={name}.json")
     with pytest.raises(UserError, match="--resume goes on with a file of figures: name it by --json"):

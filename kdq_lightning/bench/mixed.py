@@ -87,6 +87,7 @@ def run(args: Namespace) -> dict[str, Any]:
     test = Split(data.test_set.images[::every], data.test_set.labels[::every])  # sorted by class, so evenly taken
     whole = state_dict_bytes(model)
     settings: dict[str, Any] = {"network": trained.network, "weights": blake2b(whole, digest_size=8).hexdigest()}
+    settings |= {name: list(values) for name, values in trained.statistics._asdict().items()}
     settings |= {"dataset": args.dataset, "calibration_images": args.images}
     settings |= {"bits": args.bits, "random_choices": args.random, "test_images": len(test.labels)}
     figures: dict[str, Any] = read_figures(args.json, settings) if args.resume else {"draws": 0}
@@ -123,12 +124,11 @@ def read_figures(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         figures: dict[str, Any] = json.loads(path.read_bytes())
-        other = [name for name, value in settings.items() if figures[name] != value]
+        made = {name: figures[name] for name in (*settings, "draws", "choices")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no figures of kdq bench mixed to go on with: leave out --resume") from error
-    if other:
-        made = ", ".join(f"{name} {figures[name]}, not {settings[name]}" for name in other)
-        raise UserError(f"the draws in {path} were made with {made}: give the same, or another --json")
+    if other := [f"{name} {made[name]}, not {value}" for name, value in settings.items() if made[name] != value]:
+        raise UserError(f"the draws in {path} were made with {', '.join(other)}: give the same, or another --json")
     return figures
 
 
