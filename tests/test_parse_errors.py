@@ -36,6 +36,11 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2
         ("--quantization.budgets=100kB", "quantization.budgets must be a list such as [100kB], got 100kB"),
         ("--model.networks=resnet8", f"model.networks must be a list such as [resnet8], got resnet8 {OF_MODEL}"),
         ("--model.learning_rate=fast", f"model.learning_rate must be a number, got fast {OF_MODEL}"),
+        ("--model.optimizer=moun", "model.optimizer must be muon or null, got moun: did you mean muon? (options: kdq"),
+        (
+            "--data=CIFARDataModule --data.flip=alternat",
+            "flip must be true or false or alternate, got alternat: did you mean alternate? (",
+        ),
         ("--model.learning_rte=1", f"model.learning_rte is no option, did you mean learning_rate? {OF_MODEL}"),
         (
             "--model=VanillaKD",

@@ -39,6 +39,8 @@ def plain_sentence(message: str, example: Callable[[str], object] = lambda key: 
     given = [line.partition(": ")[2] for line in lines if line.startswith("Given value: ")]
     kept = dict.fromkeys(line for line in lines if line and not line.startswith((*_NOISE, "Given value: ")))
     text = re.sub(_NO_CONFIG, "", " ".join(kept))
+    if "Literal[" in text and "Expected a <class 'NoneType'>" in message:
+        text += " Expected a typing.Literal['null']"
     text = re.sub(r"^([\w.]+\.help): (?=Expected)", r'Parser key "\1": ', text)
     if found := re.fullmatch(r'Parser key "([^"]+)"(?: element \d+)?: (.*)', text):
         if of_class := [line for line in lines[1:] if re.fullmatch(_NAMES, line)]:  # said by the parser of a class
@@ -76,12 +78,13 @@ def _of_a_key(key: str, text: str, given: str | None, example: Callable[[str], o
     if missing := re.search(r"Expected a dot import path string: (.*?)(?= Expected an? |$)", text):
         got = missing[1]
         kinds = kinds if "a number" in kinds else ["the name of a class", *kinds]
-    if not kinds:
+    words = _words(text)
+    if not kinds and not words:
         return f"{key}: {text}" + (f" (got {got})" if got else "")
-    sentence = f"{key} must be {' or '.join(kinds)}"
+    sentence = f"{key} must be {' or '.join([*kinds, *words])}"
     if kinds == ["a list"] and (shown := _example(example(key), got)):
         sentence += f" such as {shown}"
-    return f"{sentence}, got {got or 'nothing'}"
+    return f"{sentence}, got {got or 'nothing'}{_nearest(got, words)}"
 
 
 def _kinds(text: str) -> list[str]:
@@ -89,6 +92,12 @@ def _kinds(text: str) -> list[str]:
     types = {name.rpartition(".")[2] for name in re.findall(r"Expected an? <class '([\w.]+)'>", text)}
     kinds = [words for words, names in _KINDS.items() if not types.isdisjoint(names)]
     return [words for words in kinds if words != "a whole number" or "float" not in types]
+
+
+def _words(text: str) -> list[str]:
+    """Return the words that an option takes, and null, by the literals that jsonargparse expected."""
+    literals = re.findall(r"typing\.Literal\[(.*?)\]", text)
+    return re.findall(r"[\w.-]+", " ".join(literals))
 
 
 def _example(known: object, got: str) -> str:
@@ -124,8 +133,13 @@ def _of_the_command(text: str) -> str:
 
 
 def _choice(name: str, given: str, choices: Sequence[str]) -> str:
+    return f"{name} must be one of {', '.join(choices)}, got {given}{_nearest(given, choices)}"
+
+
+def _nearest(given: str, choices: Sequence[str]) -> str:
+    """Return a question that ends a sentence about a word which is none of the choices; nothing if none is alike."""
     near = get_close_matches(given, choices, 1)
-    return f"{name} must be one of {', '.join(choices)}, got {given}" + (f": did you mean {near[0]}?" if near else "")
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def did_you_mean(name: str, known: Iterable[str], whole: bool = True) -> str:
