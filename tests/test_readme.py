@@ -237,6 +237,17 @@ def test_accuracies_of_mixed_bits():
     assert mixed_table() in text
 
 
+@pytest.mark.parametrize("path", sorted((RESULTS / "engine").glob("mixed-*.json")), ids=lambda path: path.stem)
+def test_a_third_is_won_back(path: Path):
+    """As docs/mixed_bits.md says: a third at 2 and at 3 bits, and half-way a place above the line between them."""
+    top = {(row["method"], row["size"]): mean(row["top1"]) for row in json.loads(path.read_text())["choices"]}
+    for size in ("2 bits", "3 bits"):
+        lost = top["float", ""] - top["uniform", size]
+        assert top["mixed", size] - top["uniform", size] >= lost / 3
+    line = (top["uniform", "2 bits"] + top["uniform", "3 bits"]) / 2
+    assert top["mixed", "half-way from 2 to 3 bits"] > line
+
+
 def test_figure_of_mixed_bits():
     """The figure of docs/mixed_bits.md is that of the records: its words and ticks, and all of it by one Matplotlib."""
     drawn, committed = mixed_figure(), (ROOT / "docs" / "mixed_bits.svg").read_text()
