@@ -45,13 +45,13 @@ def die_in_checkpoint_write(after: int) -> None:
 
 def die_in_quantization(after: float) -> None:
     """Leave some seconds after quantization has begun."""
-    real = PostTrainingQuantization.quantize
+    real = PostTrainingQuantization._quantize
 
     def quantize(*args: object) -> None:
         threading.Timer(after, die).start()
         real(*args)
 
-    PostTrainingQuantization.quantize = quantize  # type: ignore[method-assign]
+    PostTrainingQuantization._quantize = quantize  # type: ignore[method-assign]
 
 
 def fill_disk(after: int) -> None:
