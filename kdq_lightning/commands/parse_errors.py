@@ -40,7 +40,7 @@ def plain_sentence(message: str, example: Callable[[str], object] = lambda key: 
     kept = dict.fromkeys(line for line in lines if line and not line.startswith((*_NOISE, "Given value: ")))
     text = re.sub(_NO_CONFIG, "", " ".join(kept))
     if "Literal[" in text and "Expected a <class 'NoneType'>" in message:
-        text += " Expected a typing.Literal['null']"
+        text += " Expected a typing.Literal['null']"  # an option of words that may be left out: null is one of them
     text = re.sub(r"^([\w.]+\.help): (?=Expected)", r'Parser key "\1": ', text)
     if found := re.fullmatch(r'Parser key "([^"]+)"(?: element \d+)?: (.*)', text):
         if of_class := [line for line in lines[1:] if re.fullmatch(_NAMES, line)]:  # said by the parser of a class
