@@ -52,7 +52,7 @@ def accuracy(printed: str) -> float:
     return scores(printed)[0]
 
 
-@pytest.mark.slow(seconds=300)
+@pytest.mark.slow(seconds=400)
 @pytest.mark.timeout(1800)
 def test_the_commands_of_the_page(workspace: Path, capsys: pytest.CaptureFixture[str]):
     """Typed as they stand there: the students learn from the teacher, and 4 bits keep what they know."""

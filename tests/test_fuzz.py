@@ -134,7 +134,7 @@ def test_broken_lines(changes):
     fit_broken_line(changes)
 
 
-@pytest.mark.slow(seconds=90)
+@pytest.mark.slow(seconds=50)
 @pytest.mark.timeout(3000)
 @many
 @given(changes, st.lists(places, max_size=1))
@@ -142,7 +142,7 @@ def test_many_broken_files(changes, dropped):
     fit_broken_file(changes, dropped)
 
 
-@pytest.mark.slow(seconds=90)
+@pytest.mark.slow(seconds=50)
 @pytest.mark.timeout(3000)
 @many
 @given(changes)

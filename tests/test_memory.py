@@ -51,7 +51,7 @@ def estimated_and_taken(
     return max(estimates), (peak() - before()) * 2**30
 
 
-@pytest.mark.slow(seconds=150)
+@pytest.mark.slow(seconds=45)
 @pytest.mark.parametrize(
     ("build", "arguments", "count", "side", "bits"),
     [

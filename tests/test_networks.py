@@ -286,14 +286,16 @@ def test_published_weights_that_are_not_there(tmp_path: Path, monkeypatch: pytes
         pretrained_state("resnet20", build_network("resnet20", 7), 7)
 
 
-@pytest.mark.slow(seconds=70)
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real data")
 @pytest.mark.parametrize(
     ("file", "name", "dataset", "statistics", "hits"),
     [
-        ("resnet20-cifar10", "resnet20", "cifar10", IMAGENET, {9173}),
-        ("resnet56-cifar10", "resnet56", "cifar10", IMAGENET, {9339}),
-        ("resnet18-cifar100", "resnet18", "cifar100", CIFAR100, {6950, 6951, 6952}),
+        pytest.param("resnet20-cifar10", "resnet20", "cifar10", IMAGENET, {9173}, marks=pytest.mark.slow),
+        pytest.param("resnet56-cifar10", "resnet56", "cifar10", IMAGENET, {9339}, marks=pytest.mark.slow(seconds=60)),
+        pytest.param(
+            *("resnet18-cifar100", "resnet18", "cifar100", CIFAR100, {6950, 6951, 6952}),
+            marks=pytest.mark.slow(seconds=200),
+        ),
     ],
 )
 def test_public_weights(file: str, name: str, dataset: str, statistics: tuple, hits: set[int], real_images):

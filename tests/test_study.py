@@ -528,7 +528,7 @@ def test_other_settings_start_again(workspace: Path, capsys: pytest.CaptureFixtu
     assert Path("runs/tiny/seed3/vanilla/version_1/finished").exists()
 
 
-@pytest.mark.slow(seconds=240)
+@pytest.mark.slow(seconds=300)
 @pytest.mark.timeout(1800)
 def test_killed_quickstart_study(workspace: Path):
     """Killed at any moment, the quickstart's study goes on to the report of an unbroken one.
