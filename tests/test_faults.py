@@ -166,7 +166,6 @@ def test_ctrl_c_before_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 @pytest.mark.slow(seconds=160)
-@pytest.mark.timeout(1200)
 def test_kills(server: Server, capsys: pytest.CaptureFixture[str]):
     """After every kill the same command goes on, and ends with the unbroken run's files, to the bit."""
     chance = random.Random(0)
